@@ -1,0 +1,1 @@
+"""The library: one file a method, ``methods/<family>/<slug>.py``, imported when asked for."""
