@@ -1,0 +1,123 @@
+"""Steps on tiles that stay in the first-level cache, and the door every wrapper shares.
+
+A tile is a flat array of rows of ``LANES`` numbers; every inner loop runs over the lanes, so all
+arithmetic is vector code and no sum ever runs *across* the lanes. Which axis lies in the lanes is
+chosen so that the reductions go down the rows: queries for the forward and dq, keys for dk and dv.
+
+``multiply`` is the only matrix product. Loop order: four rows of the result by four terms of the
+sum, sixteen scalars held in registers, then all lanes: 16 fused multiply-adds for eight loads and
+four stores of a vector. All arrays are flat and contiguous; a matrix is (flat, start, row stride,
+column stride), so a transposed factor costs nothing.
+"""
+
+import numpy as np
+
+from attention_ref.core.errors import DTypeError, ShapeError
+from attention_ref.kernels.numba import jit
+
+LANES = 64
+
+
+@jit
+def _four_by_four(a, at, down, right, b, c):
+    """c[i, x] += sum_j a[i, j] b[j, x] for i, j = 0..3."""
+    a00, a01, a02, a03 = a[at], a[at + right], a[at + 2 * right], a[at + 3 * right]
+    at += down
+    a10, a11, a12, a13 = a[at], a[at + right], a[at + 2 * right], a[at + 3 * right]
+    at += down
+    a20, a21, a22, a23 = a[at], a[at + right], a[at + 2 * right], a[at + 3 * right]
+    at += down
+    a30, a31, a32, a33 = a[at], a[at + right], a[at + 2 * right], a[at + 3 * right]
+    for x in range(LANES):
+        b0, b1, b2, b3 = b[x], b[LANES + x], b[2 * LANES + x], b[3 * LANES + x]
+        c0, c1, c2, c3 = c[x], c[LANES + x], c[2 * LANES + x], c[3 * LANES + x]
+        c0 += a00 * b0
+        c1 += a10 * b0
+        c2 += a20 * b0
+        c3 += a30 * b0
+        c0 += a01 * b1
+        c1 += a11 * b1
+        c2 += a21 * b1
+        c3 += a31 * b1
+        c0 += a02 * b2
+        c1 += a12 * b2
+        c2 += a22 * b2
+        c3 += a32 * b2
+        c[x] = c0 + a03 * b3
+        c[LANES + x] = c1 + a13 * b3
+        c[2 * LANES + x] = c2 + a23 * b3
+        c[3 * LANES + x] = c3 + a33 * b3
+
+
+@jit
+def _one_by_one(factor, b, c):
+    for x in range(LANES):
+        c[x] += factor * b[x]
+
+
+@jit
+def multiply(a, start, down, right, rows, terms, b, c):
+    """Tile product c[i, x] += sum_j a[start + i down + j right] b[j, x]."""
+    rows4, terms4 = rows - rows % 4, terms - terms % 4
+    for i in range(0, rows4, 4):
+        at, ci = start + i * down, c[i * LANES : (i + 4) * LANES]
+        for j in range(0, terms4, 4):
+            _four_by_four(a, at + j * right, down, right, b[j * LANES : (j + 4) * LANES], ci)
+    for i in range(rows):
+        at, ci = start + i * down, c[i * LANES : (i + 1) * LANES]
+        for j in range(terms4 if i < rows4 else 0, terms):
+            _one_by_one(a[at + j * right], b[j * LANES : (j + 1) * LANES], ci)
+
+
+@jit
+def fill(tile, count, value):
+    for x in range(count):
+        tile[x] = value
+
+
+@jit
+def load_lanes(source, start, width, lanes, factor, tile):
+    """tile[d, x] = factor * source[start + x width + d]; lanes without a row are zero."""
+    for d in range(width):
+        for x in range(lanes):
+            tile[d * LANES + x] = source[start + x * width + d] * factor
+        for x in range(lanes, LANES):
+            tile[d * LANES + x] = 0
+
+
+@jit
+def store_lanes(tile, width, lanes, factor, target, start):
+    """target[start + x width + d] = factor * tile[d, x]: the way back."""
+    for x in range(lanes):
+        for d in range(width):
+            target[start + x * width + d] = tile[d * LANES + x] * factor
+
+
+def prepare(x, dtype):
+    """A contiguous, aligned, writable array of a native dtype: one signature a dtype, no copy
+    where the caller's array already is one."""
+    return np.require(x, dtype, ["C", "A", "W"])
+
+
+def float_dtype(**arrays):
+    """The one dtype that all given arrays promote to; float32 or float64, or a DTypeError."""
+    for name, x in arrays.items():
+        if x is not None and (x.dtype.kind != "f" or x.dtype.itemsize not in (4, 8)):
+            raise DTypeError(
+                f"{name} has dtype {x.dtype}, expected float32 or float64; "
+                f"hint: {name}.astype(np.float32)"
+            )
+    return np.result_type(*(x.dtype.newbyteorder("=") for x in arrays.values() if x is not None))
+
+
+def expect(name, x, shape, letters):
+    """Refuse an array whose shape does not broadcast to ``shape``."""
+    try:
+        fits = np.broadcast_shapes(x.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ShapeError(
+            f"{name} has shape {x.shape}, expected one that broadcasts to {tuple(shape)}, "
+            f"that is {letters}"
+        )
