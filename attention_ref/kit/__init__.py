@@ -1,0 +1,1 @@
+"""Checks, golden files, records and stubs: what keeps every row honest, ours and yours."""
