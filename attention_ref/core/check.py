@@ -11,10 +11,25 @@ Only ``.shape`` and ``.dtype`` are read, so NumPy, CuPy and traced arrays pass t
 
 import difflib
 import math
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 
 from attention_ref.core.errors import DTypeError, MemoryLimitError, ParameterError, ShapeError
+
+_extended = ContextVar("extended", default=False)
+
+
+@contextmanager
+def extended():
+    """Within this block longdouble arrays pass too: the truth that judges float64."""
+    token = _extended.set(True)
+    try:
+        yield
+    finally:
+        _extended.reset(token)
+
 
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of one score tensor above which a method refuses to start."""
@@ -53,7 +68,7 @@ def floating(name, x):
     """Refuse every dtype but float32 and float64 (complex inside ``engine.complex_step()``)."""
     kind(name, x)
     dtype = np.dtype(x.dtype)
-    if dtype.kind == "f" and dtype.itemsize in (4, 8):
+    if dtype.kind == "f" and (dtype.itemsize in (4, 8) or _extended.get()):
         return
     if dtype.kind == "c":
         from attention_ref.engine import complex_allowed

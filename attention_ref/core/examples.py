@@ -6,7 +6,7 @@ DEFAULT_SCALE = 0.7
 """Neither 1 nor 1/sqrt(D), so that a forgotten or doubled scale shows."""
 
 
-def qkv(rng, lead=(2,), T=3, S=5, D=4, E=6):
+def qkv(rng, lead=(2,), T=5, S=6, D=4, E=3):
     """Standard normal queries, keys and values of the given lengths."""
     return {
         "q": rng.standard_normal((*lead, T, D)),
@@ -45,34 +45,34 @@ def attention(rng, *, options=("causal", "mask", "bias", "softcap"), extra=None,
     """
     cases = {
         "plain": qkv(rng, **n),
-        "long-queries": qkv(rng, T=7, S=4, **n),
-        "batch": qkv(rng, lead=(3, 2), T=4, S=5, **n),
-        "no-heads": qkv(rng, lead=(), T=4, S=6, **n),
+        "long-queries": qkv(rng, T=7, S=5, **n),
+        "batch": qkv(rng, lead=(3, 2), T=1, S=5, **n),
+        "no-heads": qkv(rng, lead=(), T=5, S=7, **n),
     }
     if "causal" in options:
-        cases["causal"] = qkv(rng, T=4, S=6, **n) | {"causal": True}
-        cases["causal-upper-left"] = qkv(rng, T=4, S=6, **n) | {
+        cases["causal"] = qkv(rng, T=5, S=7, **n) | {"causal": True}
+        cases["causal-upper-left"] = qkv(rng, T=5, S=7, **n) | {
             "causal": True,
             "align": "upper_left",
         }
-        cases["causal-long-queries"] = qkv(rng, T=6, S=4, **n) | {"causal": True}
+        cases["causal-long-queries"] = qkv(rng, T=7, S=5, **n) | {"causal": True}
     if "mask" in options:
-        mask = rng.random((2, 4, 6)) < 0.6
+        mask = rng.random((2, 5, 7)) < 0.6
         mask[0, 1] = False
-        cases["mask"] = qkv(rng, T=4, S=6, **n) | {"mask": mask}
+        cases["mask"] = qkv(rng, T=5, S=7, **n) | {"mask": mask}
         cases["packed"] = qkv(rng, T=6, S=7, **n) | {"mask": packed_mask([1, 3, 2], [2, 1, 4])}
     if "bias" in options:
-        cases["bias"] = qkv(rng, T=3, S=5, **n) | {"bias": rng.standard_normal((2, 3, 5))}
+        cases["bias"] = qkv(rng, T=5, S=6, **n) | {"bias": rng.standard_normal((2, 5, 6))}
         if "causal" in options:
-            cases["bias-broadcast-causal"] = qkv(rng, T=3, S=5, **n) | {
-                "bias": rng.standard_normal((1, 5)),
+            cases["bias-broadcast-causal"] = qkv(rng, T=5, S=6, **n) | {
+                "bias": rng.standard_normal((1, 6)),
                 "causal": True,
             }
     if "softcap" in options:
-        cases["softcap"] = qkv(rng, T=3, S=5, **n) | {
+        cases["softcap"] = qkv(rng, T=5, S=6, **n) | {
             "softcap": 1.3,
-            "bias": rng.standard_normal((2, 3, 5)),
-            "mask": rng.random((3, 5)) < 0.7,
+            "bias": rng.standard_normal((2, 5, 6)),
+            "mask": rng.random((5, 6)) < 0.7,
         }
     for name, kwargs in cases.items():
         if scale and name != "no-heads":

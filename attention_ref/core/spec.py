@@ -50,6 +50,8 @@ class Spec:
         The routes that share no code with the method: "slow loop", "PyTorch", ...
     flags : frozenset of str
         Which generic relations apply (:mod:`attention_ref.kit.checks` lists them).
+    tokens : dict
+        Further arguments with a token axis, and that axis, e.g. ``{"gate": -1}``.
     opt_out : dict
         Check -> printed reason why it does not apply; at most two.
     reduces_to : tuple of Reduction
@@ -65,6 +67,7 @@ class Spec:
     claim: str
     verified_by: tuple[str, ...]
     flags: frozenset[str] = frozenset()
+    tokens: dict[str, int] = field(default_factory=dict)
     opt_out: dict[str, str] = field(default_factory=dict)
     reduces_to: tuple[Reduction, ...] = ()
     forms: dict[str, Callable] = field(default_factory=dict)
