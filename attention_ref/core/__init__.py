@@ -1,7 +1,7 @@
 """The shared alphabet: what three methods share unchanged.
 
-Steps come as pairs ``<step>_forward``, ``<step>_backward``; ``check`` guards the door; ``Mechanism``
-and its siblings are the records that method files end with.
+Steps come as pairs ``<step>_forward``, ``<step>_backward``; ``check`` guards the door;
+``Mechanism`` and its siblings are the records that method files end with.
 """
 
 from attention_ref.core import check, errors, examples
@@ -21,6 +21,7 @@ from attention_ref.core.dense import (
 from attention_ref.core.masks import quarantine, quarantine_bias, visible
 from attention_ref.core.numeric import absolute, logistic, norm, relu, scatter, softplus
 from attention_ref.core.spec import (
+    SOFTMAX_FLAGS,
     Analysis,
     Backend,
     Edit,
@@ -35,7 +36,7 @@ from attention_ref.core.spec import (
 )
 
 __all__ = [
-    "Analysis", "Backend", "Edit", "Mechanism", "Module", "Policy", "Reduction", "Regularizer",
+    "SOFTMAX_FLAGS", "Analysis", "Backend", "Edit", "Mechanism", "Module", "Policy", "Reduction", "Regularizer",
     "Task", "Theory", "Training", "absolute", "check", "default_scale", "errors", "examples",
     "logistic", "mix_backward", "mix_forward", "norm", "quarantine", "quarantine_bias", "relu",
     "row_max", "scatter", "scores_backward", "scores_forward", "softcap_backward",

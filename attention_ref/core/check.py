@@ -185,9 +185,9 @@ def _lead(name, shape, lead, lead_owner):
         return np.broadcast_shapes(shape, lead)
     except ValueError:
         hint = "leading axes must be equal or 1"
-        if shape and lead and shape[-1] and lead[-1] and shape[:-1] == lead[:-1]:
-            if lead[-1] % shape[-1] == 0:
-                hint = "fewer key heads than query heads are the method heads/multi_query"
+        grouped = shape and lead and shape[-1] and shape[:-1] == lead[:-1]
+        if grouped and lead[-1] % shape[-1] == 0:
+            hint = "fewer key heads than query heads are the method heads/multi_query"
         raise ShapeError(
             f"{name} has leading axes {shape}, expected {lead} as in {lead_owner}; hint: {hint}"
         ) from None

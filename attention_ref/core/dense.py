@@ -32,7 +32,7 @@ def sum_to(dx, shape):
 
 
 def default_scale(width, scale=None):
-    """The score scale: 1/sqrt(D) unless the caller gives one (a Python number, so float32 stays)."""
+    """The score scale, 1/sqrt(D) by default; a Python number, so that float32 stays float32."""
     return 1.0 / math.sqrt(width) if scale is None else float(scale)
 
 

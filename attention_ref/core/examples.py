@@ -55,6 +55,8 @@ def attention(rng, *, options=("causal", "mask", "bias", "softcap"), extra=None,
             "causal": True,
             "align": "upper_left",
         }
+        if "bias" in options:
+            cases["causal-upper-left"]["bias"] = rng.standard_normal((1, 7))
         cases["causal-long-queries"] = qkv(rng, T=7, S=5, **n) | {"causal": True}
     if "mask" in options:
         mask = rng.random((2, 5, 7)) < 0.6
@@ -63,11 +65,6 @@ def attention(rng, *, options=("causal", "mask", "bias", "softcap"), extra=None,
         cases["packed"] = qkv(rng, T=6, S=7, **n) | {"mask": packed_mask([1, 3, 2], [2, 1, 4])}
     if "bias" in options:
         cases["bias"] = qkv(rng, T=5, S=6, **n) | {"bias": rng.standard_normal((2, 5, 6))}
-        if "causal" in options:
-            cases["bias-broadcast-causal"] = qkv(rng, T=5, S=6, **n) | {
-                "bias": rng.standard_normal((1, 6)),
-                "causal": True,
-            }
     if "softcap" in options:
         cases["softcap"] = qkv(rng, T=5, S=6, **n) | {
             "softcap": 1.3,

@@ -80,7 +80,7 @@ def quarantine(q, k, v, live, empty_row="zero"):
 
 
 def quarantine_bias(bias, live, poison):
-    """The same for an additive bias: NaN and +inf poison a row that sees them, -inf is a weight of 0.
+    """The same for an additive bias: NaN and +inf poison rows that see them, -inf weighs 0.
 
     Returns
     -------

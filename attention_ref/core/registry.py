@@ -115,7 +115,9 @@ def get(key):
                 "hint: python -m attention_ref list shows what is there"
             )
         near = nearest(str(key), set(catalog()) | set(written()))
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see attention_ref.keys()"
+        hint = "see attention_ref.keys()"
+        if near:
+            hint = f"did you mean {' or '.join(map(repr, near))}?"
         raise ParameterError(f"key {key!r} is not known, expected family/slug; {hint}")
     family, slug = key.split("/")
     return importlib.import_module(f"attention_ref.methods.{family}.{slug}").SPEC

@@ -9,6 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
+SOFTMAX_FLAGS = (
+    "attention", "causal", "masked", "permutation_equivariant", "row_stochastic", "linear_in_v",
+    "scaled", "shift_invariant",
+)  # fmt: skip
+"""The relations of plain softmax attention; what they mean stands in ``kit/checks.py``."""
+
+
 class Reduction(NamedTuple):
     """An identity as data: on ``kwargs`` this method equals another one.
 
@@ -89,7 +96,7 @@ class Spec:
         return getattr(self, "backward", None)
 
     def call(self, kwargs: dict) -> tuple[Any, Any]:
-        """Call the main function on one example; returns (out, cache), cache None without backward."""
+        """Call the main function on one example: (out, cache), cache None without a backward."""
         import numpy as np
 
         if isinstance(kwargs.get("rng"), int):
@@ -124,7 +131,7 @@ class Regularizer(Mechanism):
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(Spec):
-    """``select(...) -> kept indices`` from (state, scores, budget); ``attend`` over what is kept."""
+    """``select(...) -> kept indices`` from (state, scores, budget); ``attend`` over the kept."""
 
     select: Callable
     attend: Callable | None = None

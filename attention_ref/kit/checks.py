@@ -269,7 +269,7 @@ def check_inputs_unmodified(spec, case, kwargs):
 
 
 def check_layouts(spec, case, kwargs):
-    """Strided, reversed, Fortran, read-only and big-endian inputs change no bit that order allows."""
+    """Strided, reversed, Fortran, read-only and big-endian inputs give the same."""
     want = _out(spec, kwargs)
     variants = {
         "read-only": _read_only,
@@ -324,16 +324,18 @@ def check_bad_input(spec, case, kwargs):
             _refused(spec, kwargs, name, a.astype(np.complex128), DTypeError)
             _refused(spec, kwargs, name, np.ones(a.shape, np.int64), DTypeError)
             _refused(spec, kwargs, name, np.zeros((0,) * 0), (ShapeError, DTypeError))
-    for name, bad in {"scale": np.nan, "softcap": -1.0, "align": "left", "empty_row": "none"}.items():
+    wrong = {"scale": np.nan, "softcap": -1.0, "align": "left", "empty_row": "none"}
+    for name, bad in wrong.items():
         if name in _parameters(spec):
             _refused(spec, kwargs, name, bad, ParameterError)
     if "mask" in _parameters(spec):
         live = np.ones((kwargs["q"].shape[-2], kwargs["k"].shape[-2]))
         _refused(spec, kwargs, "mask", live.astype(np.int64), DTypeError)
         _refused(spec, kwargs, "mask", live, DTypeError)
-        _refused(spec, kwargs, "mask", np.ones((live.shape[0] + 1, live.shape[1]), bool), ShapeError)
-    if "bias" in _parameters(spec) and "attention" in spec.flags:
-        _refused(spec, kwargs, "bias", np.ones((live.shape[0], live.shape[1] + 1)), ShapeError)
+        queries, keys = live.shape
+        _refused(spec, kwargs, "mask", np.ones((queries + 1, keys), bool), ShapeError)
+        if "bias" in _parameters(spec) and "attention" in spec.flags:
+            _refused(spec, kwargs, "bias", np.ones((queries, keys + 1)), ShapeError)
 
 
 def _refused(spec, kwargs, name, bad, kind):
@@ -667,7 +669,8 @@ def check_reductions(spec, case, kwargs):
         size = scales(hers)
         for name in sorted(set(hers) & set(ours)):
             if hers[name].shape == ours[name].shape:
-                close(f"{reduction.says}: d{name}", ours[name], hers[name], reduction.eps, size[name])
+                what = f"{reduction.says}: d{name}"
+                close(what, ours[name], hers[name], reduction.eps, size[name])
 
 
 def check_backends(spec, case, kwargs):

@@ -128,9 +128,7 @@ def _read_zip(data, label):
         _inspect(members, label)
         for member in members:
             raw = archive.read(member)
-            a = np.lib.format.read_array(
-                io.BytesIO(raw), allow_pickle=False, max_header_size=4096
-            )
+            a = np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False, max_header_size=4096)
             if a.dtype.name not in DTYPES:
                 raise GoldenFileError(f"{label}: {member.filename} has dtype {a.dtype}")
             arrays[member.filename.removesuffix(".npy")] = a
@@ -387,8 +385,20 @@ def write(spec, root=None, force=False, seeds=16):
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{n: np.ascontiguousarray(a) for n, a in arrays.items()})
     write_atomically(packed, buffer.getvalue())
-    write_atomically(text, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(text, _compact(manifest).encode())
     return True
+
+
+def _compact(manifest):
+    """One line an entry: readable in a diff, small on disk."""
+    lines = []
+    for name, value in manifest.items():
+        if isinstance(value, dict) and len(value) > 4:
+            inner = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            lines.append(f"{json.dumps(name)}: {{\n  {inner}\n }}")
+        else:
+            lines.append(f"{json.dumps(name)}: {json.dumps(value)}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
 def _holds(spec):

@@ -68,6 +68,4 @@ def cotangents(rng, out):
 
 def arrays(kwargs):
     """The floating array arguments of a call, those that owe a gradient."""
-    return {
-        k: a for k, a in kwargs.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"
-    }
+    return {k: a for k, a in kwargs.items() if isinstance(a, np.ndarray) and a.dtype.kind == "f"}

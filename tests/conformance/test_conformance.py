@@ -1,22 +1,16 @@
 """Every generic check over every row; ids like ``normalizers/sparsemax-causal``."""
 
-import pytest
-
-import attention_ref
+from attention_ref.core.registry import get, written
 from attention_ref.kit import checks
 
 
 def pytest_generate_tests(metafunc):
-    pairs = [(key, case) for key in attention_ref.keys() for case in checks.cases(_spec(key))]
+    pairs = [(key, case) for key in written() for case in checks.cases(get(key))]
     metafunc.parametrize(("key", "case"), pairs, ids=[f"{key}-{case}" for key, case in pairs])
 
 
-def _spec(key):
-    return attention_ref.get(key)
-
-
 def test_conformance(key, case, request):
-    spec = _spec(key)
+    spec = get(key)
     draws = 4 if request.config.getoption("--long") else 1
     for draw in range(draws):
         kwargs = checks.cases(spec, draw)[case]

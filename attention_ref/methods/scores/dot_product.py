@@ -168,10 +168,7 @@ SPEC = core.Mechanism(
     forward=dot_product_forward,
     backward=dot_product_backward,
     example=core.examples.attention,
-    flags=frozenset(
-        {"attention", "causal", "masked", "permutation_equivariant", "row_stochastic",
-         "linear_in_v", "scaled", "shift_invariant"}
-    ),  # fmt: skip
+    flags=frozenset(core.SOFTMAX_FLAGS),
     claim=(
         "Without the scale 1/sqrt(D) the trace of the softmax Jacobian falls as D grows; "
         "with it, it stays where it was."
