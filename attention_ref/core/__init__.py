@@ -36,9 +36,10 @@ from attention_ref.core.spec import (
 )
 
 __all__ = [
-    "SOFTMAX_FLAGS", "Analysis", "Backend", "Edit", "Mechanism", "Module", "Policy", "Reduction", "Regularizer",
-    "Task", "Theory", "Training", "absolute", "check", "default_scale", "errors", "examples",
-    "logistic", "mix_backward", "mix_forward", "norm", "quarantine", "quarantine_bias", "relu",
-    "row_max", "scatter", "scores_backward", "scores_forward", "softcap_backward",
-    "softcap_forward", "softmax_backward", "softmax_forward", "softplus", "sum_to", "visible",
+    "SOFTMAX_FLAGS", "Analysis", "Backend", "Edit", "Mechanism", "Module", "Policy", "Reduction",
+    "Regularizer", "Task", "Theory", "Training", "absolute", "check", "default_scale", "errors",
+    "examples", "logistic", "mix_backward", "mix_forward", "norm", "quarantine",
+    "quarantine_bias", "relu", "row_max", "scatter", "scores_backward", "scores_forward",
+    "softcap_backward", "softcap_forward", "softmax_backward", "softmax_forward", "softplus",
+    "sum_to", "visible",
 ]  # fmt: skip

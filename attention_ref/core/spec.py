@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-
 SOFTMAX_FLAGS = (
     "attention", "causal", "masked", "permutation_equivariant", "row_stochastic", "linear_in_v",
     "scaled", "shift_invariant",

@@ -580,7 +580,7 @@ def check_live_nan(spec, case, kwargs):
 
 
 def check_empty_rows(spec, case, kwargs):
-    """A query without keys gives zeros, in the output and in every gradient, or what it was told."""
+    """A query without keys gives zeros, in output and gradients, or what it was told."""
     shape = (kwargs["q"].shape[-2], kwargs["k"].shape[-2])
     mask = np.ones(shape, bool)
     mask[0] = False
