@@ -8,8 +8,10 @@ machine without a GPU:
 2. it refuses their keywords that CuPy lacks (`KEYWORDS`);
 3. it refuses NumPy arrays beside foreign ones: on a GPU they live in another memory. Python numbers
    and NumPy scalars mix freely;
-4. it refuses methods and in-place writes, which CuPy has and the reference forwards do not use, and
-   everything that would copy from the device behind the reader's back: `float(x)`, `if x:`.
+4. it refuses methods and writes into given arrays, which CuPy has and the reference does not use,
+   and everything that would copy from the device behind the reader's back: `float(x)`, `if x:`.
+   Only a buffer that the program made itself with `np.zeros_like` and the like may be written to,
+   as backwards do.
 """
 
 import operator
@@ -64,9 +66,9 @@ FUNCTIONS = set(
     absolute add arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_and bitwise_count
     bitwise_or bitwise_xor cbrt ceil conjugate copysign cos cosh deg2rad degrees divide divmod equal
     exp exp2 expm1 fabs float_power floor floor_divide fmax fmin fmod frexp gcd greater
-    greater_equal heaviside hypot invert isfinite isinf isnan lcm ldexp left_shift less less_equal log log10 log1p
-    log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor matmul maximum minimum
-    modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal remainder
+    greater_equal heaviside hypot invert isfinite isinf isnan lcm ldexp left_shift less less_equal
+    log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor matmul
+    maximum minimum modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal remainder
     right_shift rint sign signbit sin sinh sqrt square subtract tan tanh trunc
 
     scipy.special.erf scipy.special.erfc scipy.special.erfinv scipy.special.expit
@@ -119,6 +121,9 @@ INSTEAD = {
 ABOUT = {"shape", "ndim", "size", "result_type", "can_cast", "common_type", "iscomplexobj",
          "isrealobj", "shares_memory", "may_share_memory"}  # fmt: skip
 
+# Functions whose result is a new array that the program may write to.
+BUFFERS = {"zeros_like", "ones_like", "empty_like", "full_like", "zeros", "empty", "copy"}
+
 
 class Foreign(NDArrayOperatorsMixin):
     """An array that behaves as if it lived on a GPU under CuPy.
@@ -144,10 +149,11 @@ class Foreign(NDArrayOperatorsMixin):
     attention_ref.engine.foreign.ForeignRefusal: np.add: a NumPy array of shape (2,) meets ...
     """
 
-    __slots__ = ("value",)
+    __slots__ = ("buffer", "value")
 
-    def __init__(self, array):
+    def __init__(self, array, buffer=False):
         self.value = np.asarray(array)
+        self.buffer = buffer  # made by the program itself, so it may be written to
 
     shape = property(lambda self: self.value.shape)
     dtype = property(lambda self: self.value.dtype)
@@ -170,15 +176,21 @@ class Foreign(NDArrayOperatorsMixin):
                 f"{name}.{method}: CuPy has no such method for most ufuncs; use "
                 "np.sum, np.prod, np.max, np.cumsum, or a step of your own."
             )
-        if kwargs.get("out") is not None:
-            raise ForeignRefusal(f"{name}: out= and x += y write in place; a forward does not.")
-        return run(ufunc, name, inputs, kwargs)
+        target = kwargs.pop("out", None)
+        if target is None:
+            return run(ufunc, name, inputs, kwargs)
+        if not (isinstance(target[0], Foreign) and target[0].buffer):
+            raise ForeignRefusal(f"{name}: out= and x += y write into an array that was given.")
+        target[0][...] = run(ufunc, name, inputs, kwargs)
+        return target[0]
 
     def __array_function__(self, function, types, args, kwargs):
         return run(function, name_of(function), args, kwargs)
 
     def __getitem__(self, index):
-        return run(operator.getitem, "x[index]", (self, index), {})
+        part = run(operator.getitem, "x[index]", (self, index), {})
+        part.buffer = self.buffer
+        return part
 
     def __len__(self):
         return len(self.value)
@@ -190,7 +202,12 @@ class Foreign(NDArrayOperatorsMixin):
         return f"Foreign({self.value!r})"
 
     def __setitem__(self, index, new):
-        raise ForeignRefusal("x[index] = ... writes in place; a forward uses np.where or np.stack.")
+        if not self.buffer:
+            raise ForeignRefusal(
+                "x[index] = ... writes into an array that was given; use np.where, np.stack or a "
+                "buffer made with np.zeros_like."
+            )
+        run(operator.setitem, "x[index] = y", (self, index, new), {})
 
     def __array__(self, *args, **kwargs):
         raise ForeignRefusal(
@@ -221,7 +238,9 @@ class Foreign(NDArrayOperatorsMixin):
 def run(function, name, args, kwargs):
     """Check a call against the tables, then let NumPy do it."""
     short = name.removeprefix("np.")
-    if function is not operator.getitem:
+    if function in (operator.getitem, operator.setitem):
+        refuse_index(args[1])
+    else:
         refuse_function(short)
         refuse_keywords(short, args, kwargs)
     mixes = [x for x in leaves((args, kwargs)) if isinstance(x, np.ndarray)]
@@ -231,7 +250,14 @@ def run(function, name, args, kwargs):
             "with np.zeros_like(x, shape=...) or np.arange(n, like=x)."
         )
     out = function(*bare(args), **bare(kwargs))
-    return out if short in ABOUT else wrap(out)
+    return out if short in ABOUT else wrap(out, buffer=short in BUFFERS)
+
+
+def refuse_index(index):
+    """Raise for an index that CuPy does not take."""
+    masks = [x for x in leaves(index) if isinstance(x, Foreign) and x.dtype == np.bool_]
+    if len(masks) > 1:
+        raise ForeignRefusal("x[index]: CuPy takes one boolean array in an index, not several.")
 
 
 def refuse_function(name):
@@ -280,10 +306,10 @@ def bare(tree):
     return tree
 
 
-def wrap(tree):
+def wrap(tree, buffer=False):
     """The result as foreign arrays; a single number becomes an array without axes, as in CuPy."""
     if isinstance(tree, (np.ndarray, np.generic, bool)):
-        return Foreign(tree)
+        return Foreign(tree, buffer)
     if isinstance(tree, (tuple, list)):
         items = [wrap(item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)

@@ -264,14 +264,79 @@ def sliding(out, x, window_shape, axis=None):
     return [pull]
 
 
+def diagonal_places(shape, offset):
+    """Row and column indices of a diagonal of a matrix that need not be square."""
+    length = max(0, min(shape[-2] + min(offset, 0), shape[-1] - max(offset, 0)))
+    steps = np.arange(length)
+    return steps - min(offset, 0), steps + max(offset, 0)
+
+
+def on_diagonal(g, shape, offset, axis1, axis2):
+    """Zeros of this shape with `g` on a diagonal."""
+    full = np.zeros(shape, g.dtype)
+    matrix = np.moveaxis(full, (axis1, axis2), (-2, -1))  # a view: what we write reaches `full`
+    matrix[(..., *diagonal_places(matrix.shape, offset))] = g
+    return full
+
+
 def diag(out, v, k=0):
+    if v.ndim == 1:
+        return [lambda g: np.diagonal(g, k)]
+    return [lambda g: on_diagonal(g, v.shape, k, 0, 1)]
+
+
+def take(out, a, indices, axis=None):
+    if axis is None:
+        places = np.unravel_index(np.asarray(indices) % a.size, a.shape)
+        return [lambda g: At(places, g)]
+    return [lambda g: At(along(axis, a.ndim, indices), g)]
+
+
+def places_along(shape, indices, axis):
+    """The index by which `np.take_along_axis` reads."""
+    index = list(np.ogrid[tuple(slice(n) for n in shape)])
+    index[axis] = indices
+    return tuple(index)
+
+
+def take_along_axis(out, arr, indices, axis=-1):
+    if axis is None:
+        return take(out, arr, indices)
+    return [lambda g: At(places_along(arr.shape, indices, axis), g)]
+
+
+def reorder(out, a, axis):
+    """sort and partition: the r-th smallest of `a` is the r-th smallest of `out`."""
+    flat, axis = (a.reshape(-1), 0) if axis is None else (a, axis)
+    source = np.empty(flat.shape, int)
+    here, there = (np.argsort(x, axis=axis, kind="stable") for x in (out, flat))
+    np.put_along_axis(source, here, there, axis)
+
     def pull(g):
-        if v.ndim == 1:
-            return np.diagonal(g, k)
-        rows, columns = diagonal_places(v.shape, k)
-        full = np.zeros(v.shape, g.dtype)
-        full[rows, columns] = g
-        return full
+        total = np.empty(flat.shape, g.dtype)
+        np.put_along_axis(total, source, g, axis)
+        return fit(total, a)
+
+    return [pull]
+
+
+def tile(out, A, reps):
+    """Apart into (copies, size, copies, size, ...), then summed over the copies."""
+    reps = np.atleast_1d(reps).tolist()
+    shape = (1,) * (len(reps) - A.ndim) + A.shape
+    reps = [1] * (len(shape) - len(reps)) + reps
+    apart = [n for pair in zip(reps, shape) for n in pair]
+    copies = tuple(range(0, len(apart), 2))
+    return [lambda g: fit(np.sum(g.reshape(apart), axis=copies), A)]
+
+
+def diff(out, a, n=1, axis=-1):
+    def pull(g):
+        widths = np.zeros((a.ndim, 2), int)
+        widths[axis] = 1
+        for _ in range(n):
+            g = -np.diff(np.pad(g, widths), axis=axis)
+        return g
 
     return [pull]
 
@@ -390,18 +455,30 @@ RULES = {
     ],
     np.flip: lambda out, m, axis=None: [lambda g: np.flip(g, axis)],
     np.roll: lambda out, a, shift, axis=None: [lambda g: np.roll(g, np.negative(shift), axis)],
+    np.sort: lambda out, a, axis=-1, kind=None: reorder(out, a, axis),
+    np.partition: lambda out, a, kth, axis=-1: reorder(out, a, axis),
     np.copy: lambda out, a, order="K": [lambda g: g],
     np.astype: lambda out, x, dtype, copy=True: [lambda g: g],
     # parts, copies, joins
     operator.getitem: lambda out, a, index: [lambda g: At(index, g)],
     np.broadcast_to: lambda out, array, shape: [lambda g: g],
     np.repeat: repeat,
+    np.tile: tile,
+    np.take: take,
+    np.take_along_axis: take_along_axis,
     np.concatenate: concatenate,
     np.stack: stack,
     np.pad: pad,
     np.tril: lambda out, m, k=0: [lambda g: np.tril(g, k)],
     np.triu: lambda out, m, k=0: [lambda g: np.triu(g, k)],
     np.diag: diag,
+    np.diagonal: lambda out, a, offset=0, axis1=0, axis2=1: [
+        lambda g: on_diagonal(g, a.shape, offset, axis1, axis2)
+    ],
+    np.trace: lambda out, a, offset=0, axis1=0, axis2=1: [
+        lambda g: on_diagonal(g[..., None], a.shape, offset, axis1, axis2)
+    ],
+    np.diff: diff,
     sliding_window_view: sliding,
 }
 
@@ -415,40 +492,6 @@ SCIPY = {
 # ---- functions written with other functions ------------------------------------------------------
 
 
-def diagonal_places(shape, offset=0):
-    """Row and column indices of a diagonal of a matrix that need not be square."""
-    length = max(0, min(shape[-2] + min(offset, 0), shape[-1] - max(offset, 0)))
-    steps = np.arange(length)
-    return steps - min(offset, 0), steps + max(offset, 0)
-
-
-def diagonal(a, offset=0, axis1=0, axis2=1):
-    matrix = np.moveaxis(a, (axis1, axis2), (-2, -1))
-    return matrix[(..., *diagonal_places(matrix.shape, offset))]
-
-
-def take(a, indices, axis=None):
-    return np.ravel(a)[indices] if axis is None else a[along(axis, a.ndim, indices)]
-
-
-def take_along_axis(arr, indices, axis=-1):
-    if axis is None:
-        arr, axis = np.ravel(arr), 0
-    index = list(np.ogrid[tuple(slice(n) for n in arr.shape)])
-    index[axis] = indices
-    return arr[tuple(index)]
-
-
-def sort(a, axis=-1, kind=None):
-    a, axis = (np.ravel(a), 0) if axis is None else (a, axis)
-    return np.take_along_axis(a, np.argsort(a, axis, kind="stable"), axis)
-
-
-def partition(a, kth, axis=-1):
-    a, axis = (np.ravel(a), 0) if axis is None else (a, axis)
-    return np.take_along_axis(a, np.argpartition(a, kth, axis), axis)
-
-
 def split(how):
     def parts(ary, indices_or_sections, axis=0):
         places = how(np.arange(ary.shape[axis]), indices_or_sections)
@@ -456,21 +499,6 @@ def split(how):
         return [ary[along(axis, ary.ndim, span)] for span in spans]
 
     return parts
-
-
-def tile(A, reps):
-    reps = tuple(np.atleast_1d(reps).tolist())
-    shape = (1,) * (len(reps) - A.ndim) + A.shape
-    reps = (1,) * (len(shape) - len(reps)) + reps
-    apart = np.reshape(A, [n for size in shape for n in (1, size)])
-    full = np.broadcast_to(apart, [n for pair in zip(reps, shape) for n in pair])
-    return np.reshape(full, [r * n for r, n in zip(reps, shape)])
-
-
-def diff(a, n=1, axis=-1):
-    for _ in range(n):
-        a = a[along(axis, a.ndim, slice(1, None))] - a[along(axis, a.ndim, slice(None, -1))]
-    return a
 
 
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
@@ -485,20 +513,12 @@ def hstack(tup):
 
 
 SENTENCES = {
-    np.diagonal: diagonal,
-    np.trace: lambda a, offset=0, axis1=0, axis2=1: np.sum(diagonal(a, offset, axis1, axis2), -1),
     np.matrix_transpose: lambda x: np.swapaxes(x, -1, -2),
     np.outer: lambda a, b: np.ravel(a)[:, None] * np.ravel(b),
-    np.take: take,
-    np.take_along_axis: take_along_axis,
-    np.sort: sort,
-    np.partition: partition,
     np.split: split(np.split),
     np.array_split: split(np.array_split),
     np.vstack: lambda tup: np.concatenate([np.atleast_2d(a) for a in tup], 0),
     np.hstack: hstack,
-    np.tile: tile,
-    np.diff: diff,
     np.clip: clip,
     np.ptp: lambda a, axis=None, keepdims=False: (
         np.max(a, axis=axis, keepdims=keepdims) - np.min(a, axis=axis, keepdims=keepdims)

@@ -14,6 +14,8 @@
    into a number or a truth value, a function without a rule.
 """
 
+import contextlib
+import gc
 import inspect
 import operator
 from collections.abc import Callable
@@ -84,6 +86,22 @@ class Tape:
                 for parent, pull in edges:
                     send(parent, pull(grad))
         return {index: total.own() for index, total in totals.items()}
+
+
+@contextlib.contextmanager
+def collector_paused():
+    """Stop Python's search for reference cycles while a tape is recorded.
+
+    A tape is many small objects without a cycle; each search would walk over all of it again and
+    find nothing, which takes longer than the recording.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Total:
@@ -280,6 +298,10 @@ class Traced(NDArrayOperatorsMixin):
             raise NoGradientRule(
                 f"{name_of(ufunc)}.{method} has no gradient rule; use np.sum, np.prod, np.max, "
                 "np.cumsum or np.where."
+            )
+        for keyword in kwargs.keys() - {"out"}:
+            raise NoGradientRule(
+                f"{name_of(ufunc)} has a gradient rule, but not with {keyword}=; use np.where."
             )
         return apply(ufunc, inputs, kwargs)
 
