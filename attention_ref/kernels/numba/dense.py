@@ -3,17 +3,17 @@ r"""Dense softmax attention that never holds more than a tile of the scores.
     z = c q k^T,  z <- cap tanh(z / cap),  z <- z + bias,  -inf where masked
     p = softmax(z),  out = p v,  lse = log sum exp z
 
-Forward: one work item owns 64 queries of one head; they lie in the lanes (see ``tiles``). Loop
-order: item, block of 64 keys, then the tile steps z = k q^T, running maximum m and sum l down the
+Forward: one work item owns 128 queries of one head; they lie in the lanes (see ``tiles``). Loop
+order: item, block of 96 keys, then the tile steps z = k q^T, running maximum m and sum l down the
 keys, out <- out e^(m_old - m) + v^T p. Blocks that causality or the mask leaves empty are skipped.
-Traffic an item: q once, k and v once (64 keys at a time, from the second-level cache when it holds
-them), so (S / 64 + 2) * 64 * (D + E) numbers an item, and T/64 items a head.
+Traffic an item: q once, k and v once (96 keys at a time, from the second-level cache when it holds
+them), so S (D + E) + 128 (D + E) numbers an item, and T / 128 items a head.
 
 Backward, from q, k, v, out, lse (the weights are made again, nothing of size T x S is kept):
 
     delta_t = dout_t . out_t - dlse_t,  p = exp(z - lse),  dz = p (dout v^T - delta)
-    dq = c dz k     (one item owns 64 queries, walks over the keys)
-    dk = c dz^T q,  dv = p^T dout     (one item owns 64 keys of a key head, walks over its query
+    dq = c dz k     (one item owns 128 queries, walks over the keys)
+    dk = c dz^T q,  dv = p^T dout     (one item owns 128 keys of a key head, walks over its query
                                        heads and their queries)
 
 Seven tile products instead of the five a single pass would need, and in exchange every item owns
@@ -36,6 +36,7 @@ from attention_ref.kernels.numba import jit, require
 from attention_ref.kernels.numba.elementary import exp, tanh
 from attention_ref.kernels.numba.tiles import (
     LANES,
+    ROWS,
     expect,
     fill,
     float_dtype,
@@ -168,14 +169,14 @@ def _block(strides, n, h, t, s, keys_in_rows):
 @jit
 def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
                   causal, shift, out, lse):  # fmt: skip
-    """64 queries of one head, from query t on."""
+    """128 queries of one head, from query t on."""
     heads, groups, queries, keys, width, depth = sizes
     lanes = min(LANES, queries - t)
     key_head = n * groups + h // (heads // groups)
     row = (n * heads + h) * queries + t
     kind = q.dtype
     qt, acc = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
-    z, slope = np.empty(LANES * LANES, kind), np.empty(LANES * LANES, kind)
+    z, slope = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     top, safe, total, alpha = (
         np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
     )  # fmt: skip
@@ -184,8 +185,8 @@ def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, size
     fill(total, LANES, 0)
     fill(top, LANES, -np.inf)
     end = min(keys, max(0, t + lanes + shift)) if causal else keys
-    for s in range(0, end, LANES):
-        rows = min(LANES, end - s)
+    for s in range(0, end, ROWS):
+        rows = min(ROWS, end - s)
         masks = _block(mask_strides, n, h, t, s, True)
         if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
             continue
@@ -238,15 +239,15 @@ def _gradient_tile(p, dp, slope, cap, rows):
 @jit
 def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides,
                   sizes, scale, cap, causal, shift, dq):  # fmt: skip
-    """dq of 64 queries of one head."""
+    """dq of 128 queries of one head."""
     heads, groups, queries, keys, width, depth = sizes
     lanes = min(LANES, queries - t)
     key_head = n * groups + h // (heads // groups)
     row = (n * heads + h) * queries + t
     kind = q.dtype
     qt, dt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
-    acc, slope = np.empty(width * LANES, kind), np.empty(LANES * LANES, kind)
-    z, dz = np.empty(LANES * LANES, kind), np.empty(LANES * LANES, kind)
+    acc, slope = np.empty(width * LANES, kind), np.empty(ROWS * LANES, kind)
+    z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     logs, deltas = np.empty(LANES, kind), np.empty(LANES, kind)
     load_lanes(q, row * width, width, lanes, scale, qt)
     load_lanes(dout, row * depth, depth, lanes, kind.type(1), dt)
@@ -254,8 +255,8 @@ def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, 
     load_lanes(delta, row, 1, lanes, kind.type(1), deltas)
     fill(acc, width * LANES, 0)
     end = min(keys, max(0, t + lanes + shift)) if causal else keys
-    for s in range(0, end, LANES):
-        rows = min(LANES, end - s)
+    for s in range(0, end, ROWS):
+        rows = min(ROWS, end - s)
         masks = _block(mask_strides, n, h, t, s, True)
         if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
             continue
@@ -279,23 +280,23 @@ def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, 
 @jit
 def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides, sizes,
                scale, cap, causal, shift, dk, dv, dbias):  # fmt: skip
-    """dk and dv of 64 keys of one key head, over all its query heads; dz itself for the bias."""
+    """dk and dv of 128 keys of one key head, over all its query heads; dz itself for the bias."""
     heads, groups, queries, keys, width, depth = sizes
     lanes = min(LANES, keys - s)
     column = (n * groups + g) * keys + s
     kind, share = q.dtype, heads // groups
     kt, vt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
     dkt, dvt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
-    z, dz = np.empty(LANES * LANES, kind), np.empty(LANES * LANES, kind)
-    slope = np.empty(LANES * LANES, kind)
+    z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
+    slope = np.empty(ROWS * LANES, kind)
     load_lanes(k, column * width, width, lanes, scale, kt)
     load_lanes(v, column * depth, depth, lanes, kind.type(1), vt)
     fill(dkt, width * LANES, 0)
     fill(dvt, depth * LANES, 0)
     start = max(0, s - shift) if causal else 0
     for h in range(g * share, (g + 1) * share):
-        for t in range(start, queries, LANES):
-            rows = min(LANES, queries - t)
+        for t in range(start, queries, ROWS):
+            rows = min(ROWS, queries - t)
             masks = _block(mask_strides, n, h, t, s, False)
             if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
                 continue
