@@ -68,7 +68,8 @@ FUNCTIONS = set(
     exp exp2 expm1 fabs float_power floor floor_divide fmax fmin fmod frexp gcd greater
     greater_equal heaviside hypot invert isfinite isinf isnan lcm ldexp left_shift less less_equal
     log log10 log1p log2 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor matmul
-    maximum minimum modf multiply negative nextafter not_equal positive power rad2deg radians reciprocal remainder
+    maximum minimum modf multiply negative nextafter not_equal positive power rad2deg radians
+    reciprocal remainder
     right_shift rint sign signbit sin sinh sqrt square subtract tan tanh trunc
 
     scipy.special.erf scipy.special.erfc scipy.special.erfinv scipy.special.expit

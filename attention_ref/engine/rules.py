@@ -5,7 +5,7 @@ How to read a line:
 1. `np.multiply: lambda out, x, y: [lambda g: g * y, lambda g: g * x]` says: where `out = x * y` and
    the gradient `g` of `out` arrives, send `g * y` to `x` and `g * x` to `y`. The parameters after
    `out` are those of the NumPy function; there is one *pull* for each of them, in order, and None
-   (or nothing) for one that never gets a gradient. A list of arrays has a list of pulls.
+   (or nothing) for one that must not be traced. A list of arrays has a list of pulls.
 2. Inside a rule all arrays are plain. Only the pulls of traced arguments are called.
 3. Broadcasting and dtypes are the business of the tape: a pull may return the shape of `out`, and
    the tape sums it back to the shape of the argument.

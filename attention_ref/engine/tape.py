@@ -19,6 +19,7 @@ import gc
 import inspect
 import operator
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -177,8 +178,9 @@ def apply(function, args, kwargs):
             f"{name_of(function)}(..., out=) writes into an existing array, and `x += y` does the "
             "same; the tape would still hold the old value. Write x = x + y instead."
         )
-    if function in LIKE:  # the first argument lends its form only
-        return function(*plain(args[:1]), *args[1:], **kwargs)
+    if function in LIKE:  # the first argument lends its form only; a traced fill value is refused
+        named = {key: plain(x) if key in ("a", "prototype") else x for key, x in kwargs.items()}
+        return function(*plain(args[:1]), *args[1:], **named)
     if function in CONSTANT:
         return function(*plain(args), **{name: plain(a) for name, a in kwargs.items()})
     if function in SENTENCES:
@@ -189,10 +191,12 @@ def apply(function, args, kwargs):
 
     bare, bare_kwargs = plain(args), {name: plain(a) for name, a in kwargs.items()}
     value = function(*bare, **bare_kwargs)
+    if value.dtype.kind == "c":
+        raise TracedError(f"{name_of(function)} made complex numbers; the tape is for real ones.")
     if value.dtype.kind != "f":
         return value  # whole numbers and truth values do not vary
     pulls = call(rule, function, (value, *bare), bare_kwargs)
-    edges = list(pair(in_order(rule, args, kwargs), pulls))
+    edges = list(pair(function, in_order(rule, args, kwargs), pulls))
     tape = edges[0][0].tape
     if any(parent.tape is not tape for parent, _ in edges):
         raise TracedError(f"{name_of(function)} mixes traced arrays of two different tapes.")
@@ -208,13 +212,16 @@ def plain(x):
     return x
 
 
-def pair(args, pulls):
+def pair(function, args, pulls):
     """Yield (traced argument, its pull); a list of arrays goes with a list of pulls."""
-    for arg, pull in zip(args, pulls):
-        if isinstance(arg, Traced):
+    for place, (arg, pull) in enumerate(zip_longest(args, pulls)):
+        if isinstance(arg, (list, tuple)) and isinstance(pull, list):
+            yield from pair(function, arg, pull)
+        elif isinstance(arg, Traced):
+            if not callable(pull):
+                wanted = "a list of arrays" if pull else "a plain array or number"
+                raise NoGradientRule(f"{name_of(function)} takes {wanted} as argument {place + 1}.")
             yield arg, pull
-        elif isinstance(arg, (list, tuple)) and isinstance(pull, list):
-            yield from pair(arg, pull)
 
 
 def in_order(rule, args, kwargs):
