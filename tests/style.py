@@ -254,24 +254,34 @@ def written(function):
                     yield node.lineno, getattr(target.value, "id", None)
 
 
+def own(source, function, makers):
+    """Names bound to a list or dict of the function's own, or to what one of ``makers`` returns."""
+    literals = (ast.Dict, ast.List, ast.DictComp, ast.ListComp)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            made = isinstance(node.value, ast.Call) and source.dotted(node.value.func) in makers
+            if made or isinstance(node.value, literals):
+                yield from (t.id for t in node.targets if isinstance(t, ast.Name))
+
+
 @rule("in-place")
 def in_place(source):
     for function in source.forwards.values():
-        for line, _ in written(function):
-            yield line, "a write into an array: core.scatter, np.where or np.stack"
+        containers = set(own(source, function, ("dict", "list")))
+        for line, name in written(function):
+            if name not in containers:
+                yield line, "a write into an array: core.scatter, np.where or np.stack"
     for _, node in inside(source.forwards):
         if isinstance(node, ast.Call) and any(k.arg == "out" for k in node.keywords):
             yield node.lineno, "out= writes into an array"
     if not (source.is_method or source.under("attention_ref/core")):
         return
+    makers = ("dict", "list", "numpy.zeros_like", "numpy.empty_like", "numpy.copy")
     for name, function in source.functions.items():
         if name.endswith("_backward") and name not in source.forwards:
-            own = {t.id for n in ast.walk(function) if isinstance(n, ast.Assign)
-                   and isinstance(n.value, ast.Call)
-                   and source.dotted(n.value.func).endswith(("zeros_like", "empty_like"))
-                   for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+            buffers = set(own(source, function, makers))
             for line, buffer in written(function):
-                if buffer not in own:
+                if buffer not in buffers:
                     yield line, f"{name} writes into {buffer}, which it did not make itself"
 
 
@@ -416,7 +426,7 @@ def skips(source):
         name = name.removeprefix("pytest.").removeprefix("mark.")
         if name in ("skip", "skipif", "importorskip", "xfail") and "pytest" in source.text:
             given = [k.value for k in node.keywords if k.arg == "reason"]
-            given += node.args[:1] if name in ("skip", "importorskip") else []
+            given += node.args[:1] if name == "skip" else []
             reason = getattr(given[0], "value", None) if given else None
             yield node.lineno, reason if isinstance(reason, str) else None
 

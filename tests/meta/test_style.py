@@ -75,6 +75,7 @@ LINES = {
         ("x[0] = 1.0", "y = np.where(x > 0, 1.0, x)"),
         ("x[..., 0] += 1.0", "y = {}; y['a'] = x"),
         ("np.exp(x, out=x)", "x = np.exp(x)"),
+        ("y = (x,); y[i] = x", "y = {}; i = 1; y[i] = x"),
     ],
     "truth-value": [
         ("if np.any(x > 0): x = -x", "if x.shape[0] > 2: x = -x"),
@@ -101,6 +102,8 @@ def test_a_helper_of_a_forward_is_a_forward():
 
 
 def test_a_backward_writes_only_into_its_own_buffers():
+    rows = step("rows = {n: [] for n in x}; rows[n] += [x]", "_toy_backward")
+    assert "in-place" not in rules_of(METHOD, rows)
     own = step("dx = np.zeros_like(x); dx[0] = 1.0", "_toy_backward")
     assert "in-place" not in rules_of(METHOD, own)
     assert "in-place" in rules_of(METHOD, step("x[0] = 1.0", "_toy_backward"))
@@ -192,6 +195,7 @@ def test_a_skip_must_be_listed(text):
 def test_a_skip_without_a_reason_is_reported():
     text = "import pytest\n\n\n@pytest.mark.skip\ndef test_a():\n    assert 1\n"
     assert "skip" in rules_of(TEST, text)
+    assert "skip" in rules_of(TEST, "import pytest\npytest.importorskip('a')\n", [f"{TEST}: a"])
 
 
 def test_the_escape_needs_a_reason():
