@@ -20,6 +20,8 @@ import os
 import platform
 import re
 import sys
+import tempfile
+import textwrap
 import time
 from datetime import date
 from pathlib import Path
@@ -205,8 +207,8 @@ class Tutorial:
             The number the paper reports, where it reports one.
         """
         self.record |= {"claim": text, "criterion": criterion, "paper": paper}
-        print(f"Claim: {text}")
-        print(f"Criterion, fixed before the experiment: {criterion}")
+        for line in (f"Claim: {text}", f"Criterion, fixed before the experiment: {criterion}"):
+            print(textwrap.fill(line, 96, subsequent_indent="  ", break_on_hyphens=False))
         print(f"The paper's number: {'none' if paper is None else paper}")
 
     def measured(self, *, ours, verdict, tolerance):
@@ -238,10 +240,13 @@ class Tutorial:
             raise ParameterError(f"tolerance is {tolerance!r}, expected a relative error > 0")
         ours = [plain(x) for x in ours]
         self.record |= {"ours": ours, "verdict": verdict, "tolerance": float(tolerance)}
-        for seed, numbers in enumerate(ours):
-            if isinstance(numbers, dict):
-                numbers = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-            print(f"seed {seed}: {numbers}")
+        rows = [numbers if isinstance(numbers, dict) else {"": numbers} for numbers in ours]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        width = max(map(len, names))
+        print(" " * width + "".join(f"seed {seed}".rjust(12) for seed in range(3)))
+        for name in names:
+            cells = (f"{row[name]:.4g}" if name in row else "" for row in rows)
+            print(name.ljust(width) + "".join(cell.rjust(12) for cell in cells))
         print(f"Verdict: {verdict}")
 
     def finish(self, figure=None):
@@ -265,8 +270,9 @@ class Tutorial:
             return
         if figure is None or "ours" not in self.record:
             raise ParameterError("finish() needs a figure, and claim() and measured() before it")
-        if found := re.search(r"(?<![\w.:/])/\w[\w.-]*/\w\S*|\b[A-Z]:\\\S+", text):
-            raise ParameterError(f"the printed text holds a path of this machine: {found[0]}")
+        for place in {str(self.root), str(Path.home()), sys.prefix, tempfile.gettempdir()}:
+            if os.path.join(place, "") in text and place != os.sep:
+                raise ParameterError(f"the printed text holds a path of this machine: {place}")
         from attention_ref.kit.sources import source_key
 
         record = self.record | {
@@ -376,12 +382,20 @@ def _svg(figure, key):
             buffer, format="svg", facecolor="white",
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )  # fmt: skip
-    if len(buffer.getvalue()) > MAX_SVG:
+    picture = buffer.getvalue()
+    for pattern, shorter in (
+        (rb'<!-- .*? -->|<g id="[^"]*"/>', b""),  # names of letters, empty groups
+        (rb'<g id="(?:[xy]tick|text|line2d)_\d+">', b"<g>"),  # names that nothing refers to
+        (rb"(?<!scale\()(?<![\d.])(\d+\.\d{3})\d+", rb"\1"),  # of a point
+        (rb"\s*\n\s*", b"\n"),
+    ):
+        picture = re.sub(pattern, shorter, picture)
+    if len(picture) > MAX_SVG:
         raise ParameterError(
-            f"the figure of {key} takes {len(buffer.getvalue()) // 1024} KB, expected at most "
+            f"the figure of {key} takes {len(picture) // 1024} KB, expected at most "
             f"{MAX_SVG // 1024} KB; hint: fewer points, or rasterized=True for dense maps"
         )
-    return buffer.getvalue()
+    return picture
 
 
 def _relative(a, b):

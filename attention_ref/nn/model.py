@@ -189,6 +189,32 @@ class Model(NamedTuple):
         self.logits(parameters, tokens[None], caches)
         return np.stack([cache.p[0] for cache in caches])
 
+    def sample(self, parameters, tokens, length, rng, temperature=0.8):
+        """Continue a text, one token after another.
+
+        Parameters
+        ----------
+        parameters : dict of ndarray
+            Plain arrays.
+        tokens : int ndarray, shape (T,)
+            How it begins.
+        length : int, tokens
+            How much to add.
+        rng : numpy.random.Generator
+            Draws the tokens.
+        temperature : float, > 0
+            Small values keep to the likeliest token.
+
+        Returns
+        -------
+        int ndarray, shape (T + length,)
+        """
+        for _ in range(length):
+            z = self.logits(parameters, tokens[None, -self.context :])[0, -1] / temperature
+            noise = rng.gumbel(size=z.shape)  # the largest of z + Gumbel noise is drawn from e^z
+            tokens = np.append(tokens, np.argmax(z + noise))
+        return tokens
+
 
 def rms_norm(x, gain, eps=1e-5):
     """Divide every row by the root of its mean square, then scale every channel."""

@@ -147,10 +147,9 @@ def test_finish_needs_figure_and_measurement(start, tmp_path):
     assert not (tmp_path / "figures").exists()
 
 
-@pytest.mark.parametrize("line", ["saved in /home/me/x.png", "see 'C:\\Users\\x'"])
-def test_a_path_of_the_machine_is_refused(start, tmp_path, line):
+def test_a_path_of_the_machine_is_refused(start, tmp_path):
     tutorial = start()
-    print(line)
+    print(f"saved in {tmp_path / 'x.png'}")
     complete(tutorial)
     with pytest.raises(ParameterError, match="path of this machine"):
         tutorial.finish(figure_of(tutorial))

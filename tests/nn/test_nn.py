@@ -89,6 +89,18 @@ def test_maps_are_the_weights_of_every_head():
     assert np.allclose(maps.sum(-1), 1) and np.array_equal(maps, np.tril(maps))
 
 
+def test_a_sample_continues_the_text_as_likely_as_the_model_says():
+    model = tiny(layers=1)
+    parameters = model.initial(np.random.default_rng(0))
+    start = np.array([1, 4, 2])
+    long = model.sample(parameters, start, 9, np.random.default_rng(0))
+    assert long.shape == (12,) and long[:3].tolist() == [1, 4, 2]
+    rng = np.random.default_rng(1)
+    drawn = [model.sample(parameters, start, 1, rng, temperature=1.0)[-1] for _ in range(2000)]
+    want = np.exp(parts.log_softmax(model.logits(parameters, start[None])[0, -1]))
+    assert np.max(np.abs(np.bincount(drawn, minlength=5) / 2000 - want)) < 0.05
+
+
 def test_float32_stays_float32():
     model = tiny(dtype=np.float32)
     parameters = model.initial(np.random.default_rng(0))
