@@ -48,7 +48,7 @@ calibrate: $(VENV)/.installed-test  ## measure the bounds of every method again 
 	$(PY) -m attention_ref golden calibrate $(if $(filter command line,$(origin KEY)),$(KEY),)
 
 mutants: $(VENV)/.installed-test  ## break one method in every way and see which tests notice
-	$(PY) -m tests.mutants $(KEY)
+	$(PY) tests/mutants.py $(KEY) $(if $(BY),--by $(BY),)
 
 bench: $(VENV)/.installed-oracles  ## ratios against other libraries, in one run
 	$(PY) -m attention_ref bench
