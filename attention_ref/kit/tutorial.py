@@ -111,6 +111,8 @@ class Tutorial:
     def __init__(self, file):
         self.path = Path(file).resolve()
         self.key = f"{self.path.parent.name}/{self.path.stem}"
+        if self.path.parent.parent.name != "tutorials":
+            raise ParameterError(f"file is {file!r}, expected tutorials/<family>/<slug>.py")
         self.root = self.path.parents[2]
         self.quick = os.environ.get("ATTENTION_REF_QUICK", "") not in ("", "0")
         self.record = {"key": self.key}

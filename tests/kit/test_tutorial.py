@@ -78,6 +78,11 @@ def test_the_key_is_the_path(start):
     assert not tutorial.quick
 
 
+def test_a_file_elsewhere_has_no_key(tmp_path):
+    with pytest.raises(ParameterError, match="expected tutorials/<family>"):
+        Tutorial(str(tmp_path / "slug.py"))
+
+
 def test_finish_writes_picture_text_and_record(start, tmp_path):
     tutorial = start()
     print("hello")

@@ -355,7 +355,7 @@ if not tutorial.quick:
     print(f"loss on text never seen {unseen:.2f}")
     assert unseen < bigram < unigram, "it should have learned more than pairs of characters"
     start = text.encode("The value of the ")
-    sample = model.sample(parameters, start, 120, np.random.default_rng(3))
+    sample = model.sample(parameters, start, 120, np.random.default_rng(3), 0.5)
     print(f"the model writes: {text.decode(sample)}")
 
 # %%
