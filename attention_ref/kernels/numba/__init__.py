@@ -5,11 +5,11 @@ Rules, each with its reason:
 - no ``fastmath`` beyond ``contract`` (a product and a sum may become one fused operation): the
   other flags assume that infinities and NaN do not exist;
 - ``error_model="numpy"``: a division by zero gives infinity, as in NumPy;
-- every iteration of a parallel loop owns what it writes, and no sum crosses iterations: one thread
-  and many give the same bits;
+- every item of work owns what it writes, and no sum crosses items: one thread and many give the
+  same bits; threads are Python's own (``threads``), the kernels run without the interpreter's lock;
 - compiled code is cached in a folder named after a hash of all kernel sources and of the versions
   of Numba and NumPy, because Numba itself does not notice edits of a helper in another file;
-- with ``NUMBA_BOUNDSCHECK=1`` in the environment every index is checked (and nothing is parallel).
+- with ``NUMBA_BOUNDSCHECK=1`` in the environment every index is checked.
 
 Numba is imported by :func:`require` alone, so importing this package costs nothing.
 """
@@ -63,18 +63,15 @@ def cache_dir():
     return given or str(user_cache() / "attention_ref" / source_key())
 
 
-def jit(function=None, *, parallel=False):
+def jit(function):
     """``numba.njit`` with the options of this package.
 
     The cache folder is set only while our own functions are decorated, so that the caller's other
     Numba functions keep theirs.
     """
-    if function is None:
-        return functools.partial(jit, parallel=parallel)
     config = require().config
-    parallel = parallel and not config.BOUNDSCHECK
     before, config.CACHE_DIR = config.CACHE_DIR, cache_dir()
     try:
-        return require().njit(cache=True, parallel=parallel, **OPTIONS)(function)
+        return require().njit(cache=True, nogil=True, **OPTIONS)(function)
     finally:
         config.CACHE_DIR = before

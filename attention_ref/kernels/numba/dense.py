@@ -32,7 +32,7 @@ import numpy as np
 
 from attention_ref.core import check
 from attention_ref.core.errors import ParameterError, ShapeError
-from attention_ref.kernels.numba import jit, require
+from attention_ref.kernels.numba import jit, threads
 from attention_ref.kernels.numba.elementary import exp, tanh
 from attention_ref.kernels.numba.tiles import (
     LANES,
@@ -45,8 +45,6 @@ from attention_ref.kernels.numba.tiles import (
     prepare,
     store_lanes,
 )
-
-prange = require().prange
 
 
 class Cache(NamedTuple):
@@ -212,16 +210,19 @@ def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, size
     store_lanes(acc, depth, lanes, kind.type(1), out, row * depth)
 
 
-@jit(parallel=True)
-def _forward(q, k, v, mask, bias, mask_strides, bias_strides, batch, sizes, scale, cap, causal,
-             shift, out, lse):  # fmt: skip
-    heads, queries = sizes[0], sizes[2]
-    blocks = (queries + LANES - 1) // LANES
-    for item in prange(batch * heads * blocks):
-        head, i = item // blocks, item % blocks
-        # early and late blocks by turns: a causal row is short at the start and long at the end
-        i = i // 2 if i % 2 == 0 else blocks - 1 - i // 2
-        _forward_item(head // heads, head % heads, i * LANES, q, k, v, mask, bias, mask_strides,
+@jit
+def _turn(i, blocks):
+    """Early and late blocks by turns: a causal row is short at the start, long at the end."""
+    return i // 2 if i % 2 == 0 else blocks - 1 - i // 2
+
+
+@jit
+def _forward(first, last, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
+             causal, shift, out, lse):  # fmt: skip
+    heads, blocks = sizes[0], (sizes[2] + LANES - 1) // LANES
+    for item in range(first, last):
+        head, t = item // blocks, _turn(item % blocks, blocks) * LANES
+        _forward_item(head // heads, head % heads, t, q, k, v, mask, bias, mask_strides,
                       bias_strides, sizes, scale, cap, causal, shift, out, lse)  # fmt: skip
 
 
@@ -329,22 +330,23 @@ def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bia
     store_lanes(dvt, depth, lanes, kind.type(1), dv, column * depth)
 
 
-@jit(parallel=True)
-def _backward(q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides, batch, sizes,
-              scale, cap, causal, shift, dq, dk, dv, dbias):  # fmt: skip
-    heads, groups, queries, keys = sizes[0], sizes[1], sizes[2], sizes[3]
-    blocks = (queries + LANES - 1) // LANES
-    for item in prange(batch * heads * blocks):
-        head, i = item // blocks, item % blocks
-        i = i // 2 if i % 2 == 0 else blocks - 1 - i // 2
-        _queries_item(head // heads, head % heads, i * LANES, q, k, v, dout, lse, delta, mask,
-                      bias, mask_strides, bias_strides, sizes, scale, cap, causal, shift,
-                      dq)  # fmt: skip
-    columns = (keys + LANES - 1) // LANES
-    for item in prange(batch * groups * columns):
-        head, i = item // columns, item % columns
-        i = i // 2 if i % 2 == 0 else columns - 1 - i // 2
-        _keys_item(head // groups, head % groups, i * LANES, q, k, v, dout, lse, delta, mask, bias,
+@jit
+def _backward_queries(first, last, q, k, v, dout, lse, delta, mask, bias, mask_strides,
+                      bias_strides, sizes, scale, cap, causal, shift, dq):  # fmt: skip
+    heads, blocks = sizes[0], (sizes[2] + LANES - 1) // LANES
+    for item in range(first, last):
+        head, t = item // blocks, _turn(item % blocks, blocks) * LANES
+        _queries_item(head // heads, head % heads, t, q, k, v, dout, lse, delta, mask, bias,
+                      mask_strides, bias_strides, sizes, scale, cap, causal, shift, dq)  # fmt: skip
+
+
+@jit
+def _backward_keys(first, last, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides,
+                   sizes, scale, cap, causal, shift, dk, dv, dbias):  # fmt: skip
+    groups, blocks = sizes[1], (sizes[3] + LANES - 1) // LANES
+    for item in range(first, last):
+        head, s = item // blocks, _turn(item % blocks, blocks) * LANES
+        _keys_item(head // groups, head % groups, s, q, k, v, dout, lse, delta, mask, bias,
                    mask_strides, bias_strides, sizes, scale, cap, causal, shift, dk, dv,
                    dbias)  # fmt: skip
 
@@ -454,9 +456,12 @@ def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None
     out = np.empty((batch, heads, queries, depth), dtype)
     lse = np.empty((batch, heads, queries), dtype)
     sizes = (heads, k.shape[1], queries, keys, width, depth)
-    _forward(q.ravel(), marked.ravel(), v.ravel(), mask.ravel(), bias.ravel(),
-             _strides(mask, masked), _strides(bias, biased), batch, sizes, *numbers, causal, shift,
-             out.ravel(), lse.ravel())  # fmt: skip
+    pairs = batch * heads * queries * keys
+    threads.share(
+        _forward, batch * heads * -(-queries // LANES), 2 * pairs * (width + depth),
+        q.ravel(), marked.ravel(), v.ravel(), mask.ravel(), bias.ravel(), _strides(mask, masked),
+        _strides(bias, biased), sizes, *numbers, bool(causal), shift, out.ravel(), lse.ravel(),
+    )  # fmt: skip
     good_q = _finite_rows(q)
     q = q if good_q is None else np.where(good_q, q, dtype.type(0))
     _fill_empty_rows(out, lse, marked, v, heads // k.shape[1], empty_row)
@@ -525,12 +530,16 @@ def backward(dout, cache, dlse=None):
     dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)
     dbias = np.zeros((batch, heads, queries, keys) if c.biased else (1, 1, 1, 1), dtype)
     sizes = (heads, c.k.shape[1], queries, keys, width, depth)
-    _backward(
+    arguments = (
         c.q.ravel(), c.k.ravel(), c.v.ravel(), dout.ravel(), lse.ravel(), delta.ravel(),
         c.mask.ravel(), c.bias.ravel(), _strides(c.mask, c.masked), _strides(c.bias, c.biased),
-        batch, sizes, *c.numbers, c.causal, c.shift, dq.ravel(), dk.ravel(), dv.ravel(),
-        dbias.ravel(),
+        sizes, *c.numbers, bool(c.causal), c.shift,
     )  # fmt: skip
+    work = 4 * batch * heads * queries * keys * (width + depth)
+    items = batch * heads * -(-queries // LANES)
+    threads.share(_backward_queries, items, work, *arguments, dq.ravel())
+    items = batch * c.k.shape[1] * -(-keys // LANES)
+    threads.share(_backward_keys, items, work, *arguments, dk.ravel(), dv.ravel(), dbias.ravel())
     if c.empty_row == "uniform" and empty.any():
         spread = np.where(empty[..., None], dout, dtype.type(0)).sum(axis=2, keepdims=True) / keys
         groups = c.k.shape[1]
