@@ -44,6 +44,7 @@ from attention_ref.kernels.numba.tiles import (
     multiply,
     prepare,
     store_lanes,
+    sum_to,
 )
 
 
@@ -377,13 +378,6 @@ def _strides(x, given):
     """Steps in numbers along N, H, T, S (0 where x broadcasts) and whether it was given at all."""
     steps = [s // x.itemsize if n > 1 else 0 for s, n in zip(x.strides, x.shape, strict=True)]
     return (*steps, int(given))
-
-
-def sum_to(dx, shape):
-    """Sum a gradient back to the shape its argument had before broadcasting."""
-    dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
-    wide = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
-    return dx.sum(axis=wide, keepdims=True) if wide else dx
 
 
 def _arrange(q, k, v, mask, bias):

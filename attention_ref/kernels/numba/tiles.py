@@ -142,6 +142,13 @@ def float_dtype(**arrays):
     return np.result_type(*(x.dtype.newbyteorder("=") for x in arrays.values() if x is not None))
 
 
+def sum_to(dx, shape):
+    """Sum a gradient back to the shape its argument had before broadcasting."""
+    dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
+    wide = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
+    return dx.sum(axis=wide, keepdims=True) if wide else dx
+
+
 def expect(name, x, shape, letters):
     """Refuse an array whose shape does not broadcast to ``shape``."""
     try:
