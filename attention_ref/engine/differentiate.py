@@ -104,6 +104,7 @@ def inner_product(dout, out):
 
 
 def is_float(x):
+    """Whether this is an array that a gradient can belong to."""
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 

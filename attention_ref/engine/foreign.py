@@ -107,8 +107,6 @@ INSTEAD = {
     "block": "np.concatenate",
     "unstack": "[x[i] for i in range(len(x))]",
     "vecdot": "np.sum(x * y, -1)",
-    "matvec": "np.einsum or np.matmul",
-    "vecmat": "np.einsum or np.matmul",
     "insert": "np.concatenate",
     "geomspace": "np.exp of equal steps",
     "linalg.multi_dot": "the products in the order you want",

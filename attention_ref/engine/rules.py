@@ -77,6 +77,7 @@ def fit(g, a):
 
 
 def power(out, x, y):
+    """x^y; the slope in y is taken as zero where x is not positive."""
     if isinstance(y, (int, float)):  # a Python number keeps float32 what it is
         return [lambda g: g * y * x ** (y - 1) if y else np.zeros_like(g)]
     return [
@@ -86,6 +87,7 @@ def power(out, x, y):
 
 
 def matmul(out, a, b):
+    """A vector is a row on the left and a column on the right; then both are matrices."""
     rows = a[None, :] if a.ndim == 1 else a
     columns = b[:, None] if b.ndim == 1 else b
 
@@ -125,6 +127,7 @@ def spell_out(subscripts, ndims):
 
 
 def einsum(out, subscripts, *operands, optimize=False):
+    """The gradient of one operand is an einsum of `g` with all the others."""
     if not isinstance(subscripts, str):
         raise TypeError("np.einsum: write the subscripts as a string, 'ij,jk->ik'")
     terms, result = spell_out(subscripts, [np.ndim(x) for x in operands])
@@ -152,6 +155,7 @@ def einsum(out, subscripts, *operands, optimize=False):
 
 
 def tensordot(out, a, b, axes=2):
+    """An einsum whose letters are those of `axes`."""
     if isinstance(axes, (int, np.integer)):
         axes = range(-axes, 0), range(axes)
     letters_a = string.ascii_lowercase[: np.ndim(a)]
@@ -165,12 +169,14 @@ def tensordot(out, a, b, axes=2):
 
 
 def dot(out, a, b):
+    """The last axis of `a` with the last but one of `b`."""
     if np.ndim(a) == 0 or np.ndim(b) == 0:
         return RULES[np.multiply](out, a, b)
     return tensordot(out, a, b, ([-1], [max(np.ndim(b) - 2, 0)]))
 
 
 def inner(out, a, b):
+    """The last axis of `a` with the last of `b`."""
     if np.ndim(a) == 0 or np.ndim(b) == 0:
         return RULES[np.multiply](out, a, b)
     return tensordot(out, a, b, ([-1], [-1]))
@@ -211,6 +217,7 @@ def cumprod(out, a, axis=None, dtype=None):
 
 
 def concatenate(out, arrays, axis=0):
+    """Each array gets its own span of `g`."""
     if axis is None:
         ends = np.cumsum([0] + [np.size(a) for a in arrays])
     else:
@@ -223,6 +230,8 @@ def concatenate(out, arrays, axis=0):
 
 
 def stack(out, arrays, axis=0):
+    """Each array gets its own place of `g`, a view."""
+
     def pull_for(i):
         return lambda g: g[along(axis, g.ndim, i)]
 
@@ -230,6 +239,7 @@ def stack(out, arrays, axis=0):
 
 
 def repeat(out, a, repeats, axis=None):
+    """The copies of an element are neighbours: sum over them."""
     flat = a.reshape(-1) if axis is None else a
     axis = 0 if axis is None else axis % a.ndim
     if np.size(repeats) == 1:
@@ -246,6 +256,7 @@ def repeat(out, a, repeats, axis=None):
 
 
 def pad(out, array, pad_width, mode="constant", constant_values=0):
+    """The inside of `g`."""
     if mode != "constant":
         raise TypeError("np.pad has a gradient rule for mode='constant' only")
     widths = np.broadcast_to(np.asarray(pad_width), (array.ndim, 2)).tolist()
@@ -254,6 +265,8 @@ def pad(out, array, pad_width, mode="constant", constant_values=0):
 
 
 def sliding(out, x, window_shape, axis=None):
+    """An element stands in several windows: add up, one place of the window at a time."""
+
     def pull(g):
         total = np.zeros(x.shape, g.dtype)
         windows = sliding_window_view(total, window_shape, axis, writeable=True)
@@ -280,12 +293,14 @@ def on_diagonal(g, shape, offset, axis1, axis2):
 
 
 def diag(out, v, k=0):
+    """A vector becomes a diagonal, a diagonal becomes a vector."""
     if v.ndim == 1:
         return [lambda g: np.diagonal(g, k)]
     return [lambda g: on_diagonal(g, v.shape, k, 0, 1)]
 
 
 def take(out, a, indices, axis=None):
+    """`a[indices]` along one axis, or on the flat array."""
     if axis is None:
         places = np.unravel_index(np.asarray(indices) % a.size, a.shape)
         return [lambda g: At(places, g)]
@@ -300,6 +315,7 @@ def places_along(shape, indices, axis):
 
 
 def take_along_axis(out, arr, indices, axis=-1):
+    """Where `arr` was read, the gradient goes."""
     if axis is None:
         return take(out, arr, indices)
     return [lambda g: At(places_along(arr.shape, indices, axis), g)]
@@ -331,6 +347,8 @@ def tile(out, A, reps):
 
 
 def diff(out, a, n=1, axis=-1):
+    """Each number is added once and subtracted once, n times over."""
+
     def pull(g):
         widths = np.zeros((a.ndim, 2), int)
         widths[axis] = 1
@@ -493,6 +511,8 @@ SCIPY = {
 
 
 def split(how):
+    """The parts that `how` makes, as slices."""
+
     def parts(ary, indices_or_sections, axis=0):
         places = how(np.arange(ary.shape[axis]), indices_or_sections)
         spans = [slice(p[0], p[-1] + 1) if len(p) else slice(0, 0) for p in places]
@@ -502,12 +522,14 @@ def split(how):
 
 
 def clip(a, a_min=None, a_max=None, *, min=None, max=None):
+    """A maximum, then a minimum."""
     low, high = (a_min if min is None else min), (a_max if max is None else max)
     a = a if low is None else np.maximum(a, low)
     return a if high is None else np.minimum(a, high)
 
 
 def hstack(tup):
+    """Joined along the second axis, or along the first where there is only one."""
     parts = [np.atleast_1d(a) for a in tup]
     return np.concatenate(parts, 0 if parts[0].ndim == 1 else 1)
 

@@ -267,6 +267,7 @@ HINTS = {
 
 
 def hint(function):
+    """What to write instead of a function without a rule."""
     return HINTS.get(function, "Use another function, or add a line to engine/rules.py.")
 
 

@@ -159,6 +159,7 @@ case(np.dot, lambda x, y: np.dot(x, y), x=(2, 2, 3), y=(2, 3, 2))
 case(np.dot, lambda x, y: np.dot(x, y), x=(), y=(2, 3))
 case(np.inner, lambda x, y: np.inner(x, y), x=(2, 3), y=(4, 3))
 case(np.inner, lambda x, y: np.inner(x, y), x=(3,), y=())
+case(np.inner, lambda x, y: np.inner(x, y), x=(2, 2, 3), y=(2, 1, 3))
 case(np.outer, lambda x, y: np.outer(x, y), x=(2, 2), y=(3,))
 case(np.linalg.inv, lambda x: np.linalg.inv(x + 3 * np.identity(3)), x=(2, 3, 3))
 case(np.linalg.solve, lambda x, y: np.linalg.solve(x + 3 * np.identity(3), y), x=(3, 3), y=(3,))
@@ -199,6 +200,7 @@ case(np.astype, lambda x: np.astype(x, np.float64), False, x=(2, 3))
 case(np.sort, lambda x: np.sort(x), x=(3, 4))
 case(np.sort, lambda x: np.sort(x, axis=0, kind="stable"), x=(3, 4))
 case(np.sort, lambda x: np.sort(x, axis=None), x=(3, 4))
+case(np.sort, lambda x: np.sort(x), x=(2, 3, 4))
 case(np.partition, lambda x: np.max(np.partition(x, 2)[..., :2], -1), x=(3, 5))
 case(np.partition, lambda x: np.sum(np.partition(x, -2, axis=0)[-2:], 0), x=(4, 3))
 
@@ -232,6 +234,7 @@ case(
     x=(2, 3, 2),
 )
 case(np.take_along_axis, lambda x: np.take_along_axis(x, np.array([0, 5, 5]), None), x=(2, 3))
+case(np.take_along_axis, lambda x: np.take_along_axis(x, np.argsort(x), -1), x=(2, 3, 4))
 case(np.broadcast_to, lambda x: np.broadcast_to(x, (4, 2, 3)), x=(2, 1))
 case(np.broadcast_arrays, lambda x, y: np.broadcast_arrays(x, y)[0] * y, x=(2, 1), y=(3,))
 case(np.repeat, lambda x: np.repeat(x, 2), x=(2, 3))
@@ -365,6 +368,16 @@ def test_power_at_zero():
             for y in exponent, np.array(float(exponent)):
                 _, pull = vjp(lambda x, y=y: x**y, x)
                 np.testing.assert_array_equal(pull(np.ones(2))["x"], expected)
+
+
+def test_numbers_that_are_replaced_get_no_gradient():
+    _, pull = vjp(lambda x: np.nan_to_num(x), {"x": np.array([np.nan, 1.0, -np.inf])})
+    np.testing.assert_array_equal(pull(np.ones(3))["x"], [0, 1, 0])
+
+
+def test_a_diagonal_outside_the_matrix_is_empty():
+    out, pull = vjp(lambda x: np.diagonal(x, 7), {"x": np.ones((2, 3))})
+    np.testing.assert_array_equal(pull(np.ones(out.shape))["x"], np.zeros((2, 3)))
 
 
 def test_ties_share():
