@@ -57,7 +57,8 @@ gpu:  ## the GPU suite, where there is a GPU (uses .venv when it exists, else $(
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -q tests/gpu -rs
 
 docs-quick: $(VENV)/.installed-docs  ## build the pages from what is there
-	$(PY) -m sphinx -b html -n -W --keep-going -j 2 -q docs docs/_build/html
+	$(PY) -m sphinx -b html -n -W --keep-going -q docs docs/_build/html
+	$(PY) docs/check_pages.py docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 docs: tutorials docs-quick  ## stale figures first, then the pages

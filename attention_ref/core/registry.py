@@ -119,8 +119,10 @@ def get(key):
         if near:
             hint = f"did you mean {' or '.join(map(repr, near))}?"
         raise ParameterError(f"key {key!r} is not known, expected family/slug; {hint}")
-    family, slug = key.split("/")
-    return importlib.import_module(f"attention_ref.methods.{family}.{slug}").SPEC
+    module = importlib.import_module("attention_ref.methods." + key.replace("/", "."))
+    if not hasattr(module, "SPEC"):
+        raise ParameterError(f"key {key!r} has a file without a SPEC; hint: it is being written")
+    return module.SPEC
 
 
 def choose(spec, name):

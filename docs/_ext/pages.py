@@ -1,0 +1,344 @@
+"""Pages made from what is there: one a method from its SPEC, the gallery's sources, the tables.
+
+Nothing of the library is executed but imports: figures and printed output come from ``figures/``,
+where ``make tutorial`` left them. Everything written goes to folders that git ignores.
+"""
+
+import ast
+import inspect
+import json
+import re
+import textwrap
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parents[1]
+ROOT = DOCS.parent
+STAGED = DOCS / "_build" / "staged"
+METHODS = DOCS / "methods"
+
+ORDER = (
+    "scores", "normalizers", "heads", "patterns", "routing", "linear", "recurrent", "mixers",
+    "cross", "vision", "structured", "regularizers", "steering", "cache", "distributed",
+    "explain", "theory", "training", "tasks", "surveys", "engine",
+)  # fmt: skip
+"""The families in the order in which a reader meets the parts of attention."""
+
+
+def write(path, text):
+    """Write only what changed, so that Sphinx rebuilds only that."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def heading(text, line="="):
+    return f"{text}\n{line * len(text)}\n\n"
+
+
+def result(key):
+    """The json beside a figure, or None."""
+    path = ROOT / "figures" / f"{key}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+# ------------------------------------------------------------------------------ methods
+
+
+def there():
+    """Keys of the methods that import and have a SPEC; one that is being written has no page."""
+    from attention_ref.core.registry import get, written
+
+    keys = []
+    for key in written():
+        try:
+            get(key)
+            keys.append(key)
+        except Exception as failure:
+            print(f"no page for {key}: {failure}")
+    return keys
+
+
+def methods():
+    """One page a method, one a family, and their index."""
+    from attention_ref.core.registry import catalog, get
+
+    families = {}
+    for key in there():
+        families.setdefault(key.split("/")[0], []).append(key)
+        write(METHODS / f"{key}.rst", method_page(key, get(key), catalog()[key]))
+    for family, keys in families.items():
+        write(METHODS / family / "index.rst", family_page(family, keys))
+    index = heading("Methods") + (
+        "Families say which part of attention changes. Each page stands at the method's key and "
+        "is made from its SPEC.\n\n.. toctree::\n   :maxdepth: 2\n\n"
+    )
+    index += "".join(f"   {f}/index\n" for f in ORDER if f in families)
+    write(METHODS / "index.rst", index)
+    for stale in METHODS.glob("*/*.rst"):
+        slug = f"{stale.parent.name}/{stale.stem}"
+        if stale.stem != "index" and slug not in there():
+            stale.unlink()
+
+
+def family_page(family, keys):
+    from attention_ref.core.registry import catalog
+
+    import importlib
+
+    text = inspect.getdoc(importlib.import_module(f"attention_ref.methods.{family}")) or ""
+    page = f".. _family-{family}:\n\n" + heading(family) + text + "\n\n"
+    page += ".. toctree::\n   :maxdepth: 1\n\n"
+    page += "".join(f"   {k.split('/')[1]}\n" for k in keys)
+    page += "\n.. list-table::\n   :header-rows: 1\n\n   * - method\n     - kind\n     - verdict\n"
+    for key in keys:
+        row, found = catalog()[key], result(key)
+        page += f"   * - :doc:`{row['title']} <{key.split('/')[1]}>`\n     - {row['kind']}\n"
+        page += f"     - {found['verdict'] if found else 'not measured yet'}\n"
+    return page
+
+
+def method_page(key, spec, row):
+    """The page of one method."""
+    module = inspect.getmodule(spec.main)
+    mark = " (reconstruction)" if spec.reconstruction or row["grade"] == "D" else ""
+    name = row.get("name") or row["title"]
+    page = f".. _method-{key.replace('/', '-')}:\n\n" + heading(name + mark)
+    page += f"``{key}`` · {row['kind']} · :ref:`grade {row['grade']} <grades>`"
+    page += f" · verified by {', '.join(spec.verified_by)}\n\n"
+    if spec.reconstruction:
+        page += f".. admonition:: Reconstruction\n\n   {spec.reconstruction}\n\n"
+    page += spaced(inspect.getdoc(module)) + "\n\n" + reference(row) + measured(key)
+    page += code_side_by_side(spec) + called(module, spec) + identities(spec) + parts(key, spec)
+    return page
+
+
+def spaced(text):
+    """Room between a formula and its number, which stands in the next column of the alignment."""
+    return re.sub(r"&\s*\((\d+'*)\)", r"&\\qquad(\1)", text)
+
+
+def reference(row):
+    """The bibliography entry, from the catalog alone."""
+    entry = [row.get("authors", ""), str(row.get("year", "")), row.get("source", "") or row["title"]]
+    text = ". ".join(e for e in entry if e)
+    if row.get("link"):
+        text += f". `{row['link']} <{row['link']}>`__"
+    if row.get("code") and row["code"] != "none":
+        text += f". Official code: `{row['code']} <{row['code']}>`__"
+    return heading("Reference", "-") + text + ".\n\n"
+
+
+def measured(key):
+    """The figure and the claim's verdict."""
+    found = result(key)
+    if found is None:
+        return ""
+    title = found["claim"] or "the figure of the tutorial"
+    page = heading("What was measured", "-")
+    page += f".. figure:: {'../' * (key.count('/') + 2)}figures/{key}.svg\n   :alt: {title}\n\n"
+    page += f"   Made by :doc:`the tutorial </gallery/{key}>`.\n\n"
+    if found.get("verdict"):
+        page += f"Claim\n   {found['claim']}\nCriterion\n   {found['criterion']}\n"
+        paper = found.get("paper")
+        page += f"Paper\n   {'gives no number' if paper is None else paper}\n"
+        page += f"Verdict\n   **{found['verdict']}** ({found['date']}, three seeds, "
+        page += f"{found['seconds']:.0f} s, sources ``{found['sources']}``)\n\n"
+    return page
+
+
+def bare_source(function):
+    """Source of a function without its docstring."""
+    source = textwrap.dedent(inspect.getsource(function))
+    node = ast.parse(source).body[0]
+    lines = source.splitlines()
+    if ast.get_docstring(node) is not None:
+        first, last = node.body[0].lineno - 1, node.body[0].end_lineno
+        del lines[first:last]
+    return "\n".join(lines)
+
+
+def code_side_by_side(spec):
+    """Forward and backward in two columns on a wide window, one below the other on a narrow one."""
+    page = heading("Forward and backward" if spec.backward_function else "Code", "-")
+    columns = [f for f in (spec.main, spec.backward_function) if f is not None]
+    page += ".. container:: side-by-side\n\n"
+    for function in columns:
+        page += "   .. code-block:: python\n\n"
+        page += textwrap.indent(bare_source(function), "      ") + "\n\n"
+    return page
+
+
+def called(module, spec):
+    """numpydoc pages of the public functions, in the order of the file."""
+    page = heading("Reference of the functions", "-")
+    page += f".. py:currentmodule:: {module.__name__}\n\n"
+    names = [
+        n
+        for n, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")
+        and n != "example"
+    ]  # fmt: skip
+    return page + "".join(f".. autofunction:: {n}\n\n" for n in names)
+
+
+def identities(spec):
+    if not spec.reduces_to and not spec.forms:
+        return ""
+    page = heading("Identities and forms", "-")
+    for r in spec.reduces_to:
+        page += f"- {r.says}: :doc:`/methods/{r.key}`\n"
+    for name in spec.forms:
+        page += f"- form: {name}\n"
+    return page + "\n"
+
+
+def parts(key, spec):
+    """Where the five places of the row stand."""
+    page = heading("Where it stands", "-")
+    record = ROOT / "tests" / "records" / f"{key}.json"
+    if record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        page += f"{found['checks']['passed']} generic checks and {found['tests']['passed']} "
+        page += f"particular tests green on {found['date']}.\n\n"
+        for check, reason in found["opted_out"].items():
+            page += f"- opted out of ``{check}``: {reason}\n"
+    family, slug = key.split("/")
+    for path in (
+        f"attention_ref/methods/{key}.py", f"tests/methods/{family}/test_{slug}.py",
+        f"tests/golden/{key}.npz", f"tutorials/{key}.py", f"figures/{key}.svg",
+    ):  # fmt: skip
+        if (ROOT / path).is_file():
+            page += f"- ``{path}``\n"
+    fast = [n for n in ("numba", "cuda") if getattr(spec, n) is not None]
+    return page + (f"- fast paths: {', '.join(fast)}\n" if fast else "") + "\n"
+
+
+# ------------------------------------------------------------------------------ the gallery
+
+
+def gallery():
+    """Copies of the tutorials, each with its figure and its printed output at the end."""
+    import importlib
+    import importlib.util
+
+    write(STAGED / "GALLERY_HEADER.rst", heading("Tutorials") + (
+        "Each is a lecture that runs alone as a script, derives its method with the same "
+        "equation numbers as the code, and measures a claim of the paper. Pages show what "
+        "``make tutorial`` measured; building them runs nothing.\n"
+    ))  # fmt: skip
+    kept = set()
+    for path in sorted((ROOT / "tutorials").glob("*/*.py")):
+        family, slug = path.parent.name, path.stem
+        kept.add(f"{family}/{slug}")
+        name = f"attention_ref.methods.{family}"
+        about = ""
+        if importlib.util.find_spec(name) is not None:
+            about = inspect.getdoc(importlib.import_module(name)) or ""
+        write(STAGED / family / "GALLERY_HEADER.rst", heading(family) + about + "\n")
+        write(STAGED / family / f"{slug}.py", staged(path, f"{family}/{slug}"))
+    for path in STAGED.glob("*/*.py"):
+        if f"{path.parent.name}/{path.stem}" not in kept:
+            path.unlink()
+
+
+def staged(path, key):
+    """The text of one tutorial for the gallery."""
+    text = spaced(path.read_text(encoding="utf-8")).rstrip() + "\n"
+    text = text.replace("Tutorial(__file__)", f'Tutorial("tutorials/{key}.py")')  # notebooks have no file
+    figure, printed = ROOT / "figures" / f"{key}.svg", ROOT / "figures" / f"{key}.txt"
+    if figure.is_file():
+        thumbnail = f"# sphinx_gallery_thumbnail_path = '../figures/{key}.svg'\n"
+        text += f"\n# %%\n# What it drew\n# ------------\n#\n"
+        text += f"# .. image:: ../../../figures/{key}.svg\n#    :alt: the figure of {key}\n\n"
+        text += thumbnail
+    if printed.is_file():
+        text += "\n# %%\n# What it printed\n# ---------------\n#\n# .. code-block:: text\n#\n"
+        lines = printed.read_text(encoding="utf-8").splitlines()
+        text += "".join(f"#     {line}".rstrip() + "\n" for line in lines)
+    return text
+
+
+# ------------------------------------------------------------------------------ tables
+
+
+def tables():
+    """What exists, measured bounds and benchmark files, as tables included by the pages."""
+    from attention_ref.core.registry import catalog
+
+    kinds, done = {}, there()
+    for key, row in catalog().items():
+        kinds.setdefault(row["kind"], [0, 0])[1] += 1
+        kinds[row["kind"]][0] += key in done
+    rows = [(k, str(have), str(total)) for k, (have, total) in sorted(kinds.items())]
+    write(METHODS / "kinds.inc", table(("kind", "written", "in the catalog"), rows))
+    rows = []
+    for key in done:
+        path = ROOT / "tests" / "golden" / f"{key}.json"
+        if not path.is_file():
+            continue
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        routes = ", ".join(manifest["routes"]["names"])
+        limits = manifest["bounds"]
+        rows.append((
+            f":doc:`{key} </methods/{key}>`", routes, spread(limits.get("float64", {})),
+            spread(limits.get("float32", {})),
+        ))  # fmt: skip
+    head = ("method", "agreed before it was written", "bounds in float64, eps", "in float32, eps")
+    write(METHODS / "bounds.inc", table(head, rows))
+
+
+    write(METHODS / "course.inc", course())
+    write(METHODS / "benchmarks.inc", benchmarks())
+
+
+def course():
+    """Tutorials in the order of the families, the engine second."""
+    units = sorted(
+        (p for p in (ROOT / "tutorials").glob("*/*.py")),
+        key=lambda p: (ORDER.index(p.parent.name), p.stem != "dot_product", p.stem),
+    )
+    return "".join(f"#. :doc:`/gallery/{p.parent.name}/{p.stem}`\n" for p in units) or "None yet.\n"
+
+
+def benchmarks():
+    """Every measured file of ``docs/benchmarks``, newest last; "none" where none was measured."""
+    text = ""
+    for path in sorted((DOCS / "benchmarks").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = found["rows"] if isinstance(found, dict) else found
+        text += heading(path.stem, "-")
+        if isinstance(found, dict):
+            about = {k: v for k, v in found.items() if k != "rows"}
+            text += "; ".join(f"{k}: {v}" for k, v in about.items()) + "\n\n"
+        head = list(rows[0])
+        cells = [[number(row.get(h)) for h in head] for row in rows]
+        text += table(head, cells) + "\n"
+    return text or "None measured yet.\n"
+
+
+def number(x):
+    return f"{x:.3g}" if isinstance(x, float) else str(x)
+
+
+def spread(limits):
+    return ", ".join(f"{n} {b}" for n, b in limits.items()) or "exact"
+
+
+def table(head, rows):
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for cells in (head, *rows):
+        lines += [f"   {'* -' if i == 0 else '  -'} {c}" for i, c in enumerate(cells)]
+    return "\n".join(lines) + "\n"
+
+
+def make(app=None):
+    """Write every generated page."""
+    methods()
+    gallery()
+    tables()
+
+
+def family_order(folder):
+    """Sections of the gallery in the order of the families."""
+    family = re.sub(r".*/", "", str(folder))
+    return ORDER.index(family) if family in ORDER else len(ORDER)
