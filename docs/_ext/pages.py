@@ -81,9 +81,9 @@ def methods():
 
 
 def family_page(family, keys):
-    from attention_ref.core.registry import catalog
-
     import importlib
+
+    from attention_ref.core.registry import catalog
 
     text = inspect.getdoc(importlib.import_module(f"attention_ref.methods.{family}")) or ""
     page = f".. _family-{family}:\n\n" + heading(family) + text + "\n\n"
@@ -119,7 +119,8 @@ def spaced(text):
 
 def reference(row):
     """The bibliography entry, from the catalog alone."""
-    entry = [row.get("authors", ""), str(row.get("year", "")), row.get("source", "") or row["title"]]
+    title = row.get("source", "") or row["title"]
+    entry = [row.get("authors", ""), str(row.get("year", "")), title]
     text = ". ".join(e for e in entry if e)
     if row.get("link"):
         text += f". `{row['link']} <{row['link']}>`__"
@@ -244,11 +245,13 @@ def gallery():
 def staged(path, key):
     """The text of one tutorial for the gallery."""
     text = spaced(path.read_text(encoding="utf-8")).rstrip() + "\n"
-    text = text.replace("Tutorial(__file__)", f'Tutorial("tutorials/{key}.py")')  # notebooks have no file
+    text = text.replace(
+        "Tutorial(__file__)", f'Tutorial("tutorials/{key}.py")'
+    )  # notebooks have no file
     figure, printed = ROOT / "figures" / f"{key}.svg", ROOT / "figures" / f"{key}.txt"
     if figure.is_file():
         thumbnail = f"# sphinx_gallery_thumbnail_path = '../figures/{key}.svg'\n"
-        text += f"\n# %%\n# What it drew\n# ------------\n#\n"
+        text += "\n# %%\n# What it drew\n# ------------\n#\n"
         text += f"# .. image:: ../../../figures/{key}.svg\n#    :alt: the figure of {key}\n\n"
         text += thumbnail
     if printed.is_file():
@@ -285,7 +288,6 @@ def tables():
         ))  # fmt: skip
     head = ("method", "agreed before it was written", "bounds in float64, eps", "in float32, eps")
     write(METHODS / "bounds.inc", table(head, rows))
-
 
     write(METHODS / "course.inc", course())
     write(METHODS / "benchmarks.inc", benchmarks())
