@@ -203,6 +203,7 @@ case(np.sort, lambda x: np.sort(x, axis=None), x=(3, 4))
 case(np.sort, lambda x: np.sort(x), x=(2, 3, 4))
 case(np.partition, lambda x: np.max(np.partition(x, 2)[..., :2], -1), x=(3, 5))
 case(np.partition, lambda x: np.sum(np.partition(x, -2, axis=0)[-2:], 0), x=(4, 3))
+case(np.partition, lambda x: np.max(np.partition(x, 1)[..., :2], -1), x=(2, 3, 4))
 
 # ---- parts, copies, joins ------------------------------------------------------------------------
 
