@@ -560,23 +560,42 @@ def _put(a, axis, place, value):
 
 
 def check_live_nan(spec, case, kwargs):
-    """A NaN that a query may see makes that row NaN, and no other row."""
+    """A NaN or infinity that a query may see makes that row NaN alone, and it passes no gradient."""
     rule = {k: kwargs[k] for k in ("mask", "causal", "align") if k in kwargs}
     base = _out(spec, kwargs)["out"]
     live = visible(kwargs["q"], kwargs["k"], **rule)
     live = np.broadcast_to(live, (*base.shape[:-1], kwargs["k"].shape[-2]))
-    place = kwargs["k"].shape[-2] - 1
-    for name in ("k", "v"):
-        found = _out(spec, kwargs | {name: _put(kwargs[name], -2, place, np.nan)})["out"]
-        sees = live[..., place]
-        if not np.all(np.isnan(found[sees])):
-            raise CheckFailure(f"a NaN in a live row of {name} did not make its rows NaN")
-        equal(f"rows that do not see the NaN in {name}", found[~sees], base[~sees])
-    found = _out(spec, kwargs | {"q": _put(kwargs["q"], -2, 0, np.nan)})["out"]
-    alive = np.any(live, axis=-1)
-    if not np.all(np.isnan(found[..., 0, :][alive[..., 0]])):
-        raise CheckFailure("a NaN in q did not make its row NaN")
-    equal("rows of other queries", found[..., 1:, :], base[..., 1:, :])
+    last = kwargs["k"].shape[-2] - 1
+    query = np.zeros(live.shape[:-1], bool)
+    query[..., 0] = np.any(live[..., 0, :], axis=-1)
+    for name, place, bad, rows in (
+        ("k", last, np.nan, live[..., last]),
+        ("v", last, np.inf, live[..., last]),
+        ("q", 0, np.nan, query),
+    ):
+        given = kwargs | {name: _put_one(kwargs[name], place, bad)}
+        out, cache = spec.call(given)
+        found = tree.flatten(out)["out"]
+        if not np.all(np.isnan(found[rows])):
+            raise CheckFailure(f"{bad} in a live row of {name} did not make its rows NaN")
+        equal(f"rows that do not see {bad} in {name}", found[~rows], base[~rows])
+        if spec.backward_function is None:
+            continue
+        dout = tree.cotangents(_rng(spec, case), out)
+        quiet = {n: np.where(rows[..., None], 0.0, a) for n, a in tree.floats(dout).items()}
+        _, clean = spec.call(kwargs)
+        want = spec.backward_function(tree.like(out, quiet), clean)
+        size = scales(want)
+        for argument, g in spec.backward_function(dout, cache).items():
+            what = f"d{argument} with {bad} in {name}"
+            close(what, g, want[argument], ORDER_EPS, size[argument])
+
+
+def _put_one(a, place, value):
+    """A copy with one number of one row replaced."""
+    b = a.copy()
+    b[..., place, -1] = value
+    return b
 
 
 def check_empty_rows(spec, case, kwargs):

@@ -80,29 +80,6 @@ def test_sum_to_is_the_adjoint_of_broadcasting(shape, wide):
     assert math.isclose(np.sum(np.broadcast_to(x, wide) * dx), np.sum(x * back), abs_tol=1e-12)
 
 
-def test_visible_by_hand():
-    q, k = np.ones((2, 1)), np.ones((3, 1))
-    lower = core.visible(q, k, causal=True)
-    upper = core.visible(q, k, causal=True, align="upper_left")
-    np.testing.assert_array_equal(lower, [[True, True, False], [True, True, True]])
-    np.testing.assert_array_equal(upper, [[True, False, False], [True, True, False]])
-    longer = core.visible(k, q, causal=True)
-    np.testing.assert_array_equal(longer, [[False, False], [True, False], [True, True]])
-
-
-def test_quarantine_reports_only_who_sees():
-    q, k, v = np.ones((3, 2)), np.ones((2, 2)), np.ones((2, 1))
-    v[1] = np.nan
-    live = np.array([[True, False], [True, True], [False, False]])
-    _, _, clean, poison = core.quarantine(q, k, v, live)
-    np.testing.assert_array_equal(poison[:, 0], [False, True, False])
-    np.testing.assert_array_equal(clean, [[1.0], [0.0]])
-    _, _, _, poison = core.quarantine(q, k, v, live, "uniform")
-    np.testing.assert_array_equal(poison[:, 0], [False, True, True])
-    _, _, _, poison = core.quarantine(q, k, np.ones((2, 1)), live, "nan")
-    np.testing.assert_array_equal(poison[:, 0], [False, False, True])
-
-
 HELPERS = {
     "absolute": (core.absolute, np.abs, np.sign),
     "logistic": (core.logistic, lambda x: 0.5 + 0.5 * np.tanh(x / 2),

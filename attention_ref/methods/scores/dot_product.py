@@ -163,10 +163,52 @@ def dot_product_backward(dout, cache, dlse=None):
     return {"q": dq, "k": dk, "v": dv, **gradients}
 
 
+def dot_product_numba(q, k, v, **options):
+    """The same call by the compiled dense pattern: no (T, S) array, the weights are not kept.
+
+    Parameters
+    ----------
+    q, k, v : ndarray
+        As in :func:`dot_product_forward`.
+    **options
+        Its keywords.
+
+    Returns
+    -------
+    out : ndarray, shape (..., T, E)
+        Outputs.
+    cache : NamedTuple
+        For :func:`dot_product_numba_backward`; holds ``lse``.
+    """
+    from attention_ref.kernels.numba import dense
+
+    core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))  # heads must match
+    return dense.forward(q, k, v, **options)
+
+
+def dot_product_numba_backward(dout, cache, dlse=None):
+    """Gradients of :func:`dot_product_numba`, block by block from (q, k, v, out, lse).
+
+    Parameters
+    ----------
+    dout, cache, dlse
+        As in :func:`dot_product_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    return dense.backward(dout, cache, dlse)
+
+
 SPEC = core.Mechanism(
     key="scores/dot_product",
     forward=dot_product_forward,
     backward=dot_product_backward,
+    numba=core.Backend(dot_product_numba, dot_product_numba_backward),
     example=core.examples.attention,
     flags=frozenset(core.SOFTMAX_FLAGS),
     claim=(

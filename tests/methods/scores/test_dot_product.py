@@ -122,6 +122,51 @@ def test_gradient_of_lse():
     assert not np.any(g["v"])
 
 
+def test_gradient_of_lse_under_a_mask():
+    """Random dout and dlse together: the directional derivative of <dout, out> + <dlse, lse>."""
+    from attention_ref import engine
+
+    kwargs = {n: a for n, a in cases(SPEC)["mask"].items() if n != "mask"}
+    mask = np.tri(5, 7, 2, dtype=bool)
+    rng = np.random.default_rng(3)
+    out, cache = dot_product_forward(**kwargs, mask=mask)
+    dout, dlse = rng.standard_normal(out.shape), rng.standard_normal(cache.lse.shape)
+    g = dot_product_backward(dout, cache, dlse)
+    arrays = {n: kwargs[n] for n in "qkv"}
+    tangents = {n: rng.standard_normal(a.shape) for n, a in arrays.items()}
+
+    def both(**arrays):
+        out, cache = dot_product_forward(**arrays, scale=0.7, mask=mask)
+        return {"out": out, "lse": cache.lse}
+
+    slope = engine.jvp(both, arrays, tangents)
+    want = np.sum(dout * slope["out"]) + np.sum(dlse * slope["lse"])
+    np.testing.assert_allclose(sum(np.sum(g[n] * tangents[n]) for n in "qkv"), want, rtol=1e-13)
+
+
+def test_a_uniform_row_without_keys_has_no_lse_gradient():
+    kwargs = cases(SPEC)["mask"] | {"empty_row": "uniform"}
+    out, cache = dot_product_forward(**kwargs)
+    g = dot_product_backward(np.zeros_like(out), cache, dlse=np.ones_like(cache.lse))
+    assert not np.any(g["q"][0, 1]) and np.any(g["q"][0, 0])
+
+
+def test_mask_and_causal_together():
+    kwargs = cases(SPEC)["mask"] | {"causal": True}
+    out, cache = dot_product_forward(**kwargs)
+    both = kwargs["mask"] & np.tri(5, 7, 2, dtype=bool)
+    np.testing.assert_array_equal(cache.p > 0, both)
+    np.testing.assert_allclose(out, slow_dot_product(**kwargs), rtol=0, atol=1e-14)
+
+
+def test_lse_of_a_poisoned_row_is_nan():
+    kwargs = cases(SPEC)["plain"]
+    q = kwargs["q"].copy()
+    q[1, 2, 0] = np.inf
+    _, cache = dot_product_forward(**(kwargs | {"q": q}))
+    assert np.isnan(cache.lse[1, 2]) and np.sum(np.isnan(cache.lse)) == 1
+
+
 def test_minus_infinity_in_a_bias_is_a_mask():
     kwargs = cases(SPEC)["mask"]
     bias = np.where(kwargs["mask"], 0.0, -np.inf)
