@@ -24,5 +24,5 @@ def test_the_example_runs():
 
 def test_its_make_targets_exist():
     makefile = (checkout() / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"\bmake ([a-z-]+)", TEXT):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", TEXT, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target

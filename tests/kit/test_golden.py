@@ -192,4 +192,5 @@ def test_golden_files_are_small(key):
     paths = golden.paths(key)
     if not all(p.is_file() for p in paths):
         pytest.fail(f"{key} has no golden files: make golden KEY={key}")
-    assert sum(p.stat().st_size for p in paths) <= 66_000
+    arrays, manifest = (p.stat().st_size for p in paths)
+    assert arrays <= 64 * 1024 and manifest <= 20 * 1024
