@@ -13,7 +13,8 @@ already answers to k_t. It is one step of gradient descent with rate b_t on half
 of that answer, so that a key written again is replaced and not added. The gate a_t is one
 number a head (gated delta rule), one a key channel (Kimi delta attention), or 1.
 
-Source: Schlag et al. 2021, section 4; Yang et al. 2024 for the chunked form; official file read: fla/ops/kda/naive.py of flash-linear-attention; grade A.
+Source: Schlag et al. 2021, section 4; Yang et al. 2024 for the chunked form; official file read:
+fla/ops/kda/naive.py of flash-linear-attention; grade A.
 """
 
 from typing import NamedTuple
