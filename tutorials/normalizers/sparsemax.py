@@ -309,9 +309,7 @@ held = all(
     r["zeros sparsemax"] > 0.5 and r["accuracy sparsemax"] >= r["accuracy softmax"] - 0.01
     for r in records
 )
-tutorial.measured(
-    ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.1
-)
+tutorial.measured(ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.1)
 
 # %%
 # Why it fails, and what helps

@@ -20,7 +20,8 @@ The loss that belongs to it, for a target distribution y (a label is a unit vect
             = \tfrac12 \lVert p - y \rVert^2 + \textstyle\sum_j y_j (\tau - z_j)_+
 
 Source: Martins and Astudillo 2016, Algorithm 1, Proposition 1 and the loss of section 3;
-official file read: entmax/activations.py and entmax/losses.py of deep-spin/entmax; grade A.
+code of the author's group read: entmax/activations.py, entmax/losses.py of
+deep-spin/entmax; grade A.
 """
 
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class LossCache(NamedTuple):
     y: np.ndarray  # (..., C), target distribution
     p: np.ndarray  # (..., C), sparsemax of the scores
     tau: np.ndarray  # (..., 1)
+    good: np.ndarray  # (...), rows without NaN or infinity
     target_shape: tuple | None  # None for integer labels
 
 
@@ -220,7 +222,8 @@ def sparsemax_backward(dout, cache):
         Under "q", "k", "v" and, when a bias was given, "bias".
     """
     q, k, v, capped, p, _, support, poison, scale, softcap, bias_shape = cache
-    core.check.cotangent(dout, (*p.shape[:-1], v.shape[-1]))
+    lead = np.broadcast_shapes(p.shape[:-2], v.shape[:-2])
+    core.check.cotangent(dout, (*lead, p.shape[-2], v.shape[-1]))
     dout = np.where(poison, 0.0, dout)
 
     dp, dv = core.mix_backward(dout, p, v)  # (4')
@@ -268,7 +271,7 @@ def sparsemax_loss_forward(z, y):
     behind = np.sum(y * np.maximum(tau - z, 0.0), axis=-1)
     loss = np.sum(np.square(p - y), axis=-1) / 2.0 + behind
     loss = loss + tau[..., 0] * (1.0 - np.sum(y, axis=-1))
-    return np.where(good, loss, np.nan), LossCache(z, y, p, tau, target_shape)
+    return np.where(good, loss, np.nan), LossCache(z, y, p, tau, good, target_shape)
 
 
 def sparsemax_loss_backward(dloss, cache):
@@ -286,8 +289,9 @@ def sparsemax_loss_backward(dloss, cache):
     dict
         Under "z" and, for a target distribution, "y".
     """
-    z, y, p, _, target_shape = cache
+    z, y, p, _, good, target_shape = cache
     core.check.cotangent(dloss, np.broadcast_shapes(z.shape, y.shape)[:-1], "dloss")
+    dloss = np.where(good, dloss, 0.0)
     gradients = {"z": core.sum_to(dloss[..., None] * (p - y), z.shape)}
     if target_shape is not None:
         gradients["y"] = core.sum_to(dloss[..., None] * (y - z), target_shape)

@@ -19,6 +19,14 @@ from attention_ref.methods.normalizers.sparsemax import (
 
 SPEC = attention_ref.get("normalizers/sparsemax")
 
+EQUIVALENT = {
+    "z - top >= -1.0": "a score exactly 1 below the best one has weight 0 either way",
+    "z - top > -2.0": "scores between 1 and 2 below the best one have weight 0 either way",
+    "np.where(near, z - top, -3.0)": "any filler of at most -1 stays outside of the support",
+    "1.0 + n * ordered >= sum": "a score equal to tau changes neither tau nor the weights",
+}
+"""Mutants of the method that compute the same, and why."""
+
 
 def slow_projection(scores):
     """Michelot's way: begin with all keys, drop those at or below the threshold, repeat."""
@@ -173,6 +181,10 @@ def test_uniform_empty_rows_have_no_score_gradient():
     out, cache = sparsemax_forward(**(kwargs | {"bias": bias, "empty_row": "uniform"}))
     np.testing.assert_allclose(out[0, 1], kwargs["v"][0].mean(0), rtol=0, atol=1e-15)
     np.testing.assert_array_equal(cache.p[0, 1], 1 / 6)
+    np.testing.assert_array_equal(out[1], sparsemax_forward(**kwargs)[0][1])
+    single = {"q": kwargs["q"], "k": kwargs["k"][:, :1], "v": kwargs["v"][:, :1]}
+    alone, _ = sparsemax_forward(**single, mask=np.zeros((5, 1), bool), empty_row="uniform")
+    np.testing.assert_array_equal(alone, np.broadcast_to(single["v"], alone.shape))
     g = sparsemax_backward(np.ones_like(out) * np.arange(3.0), cache)
     assert not np.any(g["bias"][0, 1]) and not np.any(g["q"][0, 1])
     assert np.any(g["bias"][0, 0])
@@ -202,6 +214,15 @@ def test_nan_in_a_live_bias_poisons_its_row_alone():
     assert not np.any(g["q"][1, 2]) and np.all(np.isfinite(g["v"]))
     out[1, 2] = clean[1, 2]
     np.testing.assert_array_equal(out, clean)
+
+
+def test_values_with_a_batch_of_their_own():
+    kwargs = cases(SPEC)["no-heads"]
+    single, _ = sparsemax_forward(**kwargs)
+    out, cache = sparsemax_forward(**(kwargs | {"v": np.stack([kwargs["v"], 2 * kwargs["v"]])}))
+    np.testing.assert_allclose(out[1], 2 * single, rtol=0, atol=1e-15)
+    g = sparsemax_backward(np.ones_like(out), cache)
+    assert g["q"].shape == kwargs["q"].shape and g["v"].shape == (2, 7, 3)
 
 
 @pytest.mark.parametrize(
@@ -313,8 +334,10 @@ def test_loss_in_single_precision_and_for_nan():
     g = sparsemax_loss_backward(np.ones_like(loss), cache)
     assert g["z"].dtype == g["y"].dtype == np.float32
     z[1, 2, 0] = np.nan
-    loss, _ = sparsemax_loss_forward(z, y)
+    loss, cache = sparsemax_loss_forward(z, y)
     assert np.isnan(loss[1, 2]) and np.sum(np.isnan(loss)) == 1
+    g = sparsemax_loss_backward(np.ones_like(loss), cache)
+    assert not np.any(g["z"][1, 2]) and not np.any(g["y"][1, 2]) and np.all(np.any(g["z"][0], -1))
 
 
 @pytest.mark.parametrize(
@@ -330,6 +353,11 @@ def test_loss_in_single_precision_and_for_nan():
 def test_loss_errors(y, error, says):
     with pytest.raises(error, match=says):
         sparsemax_loss_forward(np.ones((4, 5)), y)
+
+
+def test_loss_refuses_labels_of_another_shape():
+    with pytest.raises(core.errors.ShapeError, match=r"y has shape \(4,\), expected \(4, 3\)"):
+        sparsemax_loss_forward(np.ones((4, 3, 5)), np.ones(4, int))
 
 
 def test_loss_refuses_a_foreign_cotangent():
