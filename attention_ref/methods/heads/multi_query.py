@@ -271,7 +271,7 @@ def multi_query_cache_bytes(layers, groups, width, itemsize=2):
     return 2 * layers * groups * width * itemsize
 
 
-HEADS = {"plain": (2, 4, 2), "mask": (1, 4, 1), "bias": (1, 2, 2), "batch": (2, 6, 2)}
+HEADS = {"plain": (2, 4, 2), "mask": (1, 4, 1), "bias": (1, 2, 2), "batch": (2, 4, 2)}
 """Case -> batch, H, G of the example; (1, 4, 2) elsewhere."""
 
 

@@ -125,6 +125,28 @@ def test_is_softmax_attention_with_repeated_heads(case):
         np.testing.assert_allclose(g, theirs[n], rtol=0, atol=1e-13)
 
 
+def test_a_poisoned_row_sends_nothing_back():
+    """NaN in one query: that row is NaN, its dq is 0, and all else is as if its dout were 0."""
+    kwargs = cases(SPEC)["plain"]
+    bad = kwargs["q"].copy()
+    bad[0, 1, 2] = np.nan
+    out, cache = multi_query_forward(**(kwargs | {"q": bad}))
+    _, same = multi_query_forward(**kwargs)
+    assert np.all(np.isnan(out[0, 1, 2])) and np.sum(np.isnan(out)) == 3
+    dout = np.random.default_rng(6).standard_normal(out.shape)
+    g = multi_query_backward(dout, cache)
+    dout[0, 1, 2] = 0.0
+    for n, x in multi_query_backward(dout, same).items():
+        np.testing.assert_allclose(g[n], x, rtol=0, atol=1e-14)
+
+
+def test_a_narrow_softcap_bounds_the_scores():
+    kwargs = cases(SPEC)["plain"] | {"softcap": 0.5}
+    out, cache = multi_query_forward(**kwargs)
+    assert 0.4 < np.max(np.abs(cache.capped)) < 0.5
+    np.testing.assert_allclose(out, slow_multi_query(**kwargs), rtol=0, atol=1e-14)
+
+
 def test_one_group_is_one_head_with_all_queries():
     """G = 1: stacking the heads' queries as H T queries of a single head gives the same rows."""
     kwargs = cases(SPEC)["one-group"]
@@ -162,6 +184,7 @@ def test_empty_rows_follow_the_option():
     assert not np.any(g["q"][:, :, 0]) and all(np.all(np.isfinite(x)) for x in g.values())
     nan, cache = multi_query_forward(**kwargs, mask=mask, empty_row="nan")
     np.testing.assert_array_equal(np.isnan(nan[..., 0]), ~mask.any(-1) & np.ones((2, 1, 1), bool))
+    np.testing.assert_array_equal(np.isnan(cache.lse), np.isnan(nan[..., 0]))
     g = multi_query_backward(np.ones_like(out), cache)
     assert all(np.all(np.isfinite(x)) for x in g.values())
     even, _ = multi_query_forward(**kwargs, mask=mask, empty_row="uniform")
