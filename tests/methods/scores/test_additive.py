@@ -215,6 +215,21 @@ def test_options_of_empty_rows_reach_the_weights():
     assert all(np.all(np.isfinite(x)) for x in g.values())
 
 
+def test_a_poisoned_row_sends_nothing_back():
+    """NaN in one query: that row is NaN, its dq is 0, and all else is as if its dout were 0."""
+    kwargs = cases(SPEC)["plain"]
+    bad = kwargs["q"].copy()
+    bad[1, 2, 0] = np.nan
+    out, cache = additive_forward(**(kwargs | {"q": bad}))
+    _, same = additive_forward(**kwargs)
+    assert np.all(np.isnan(out[1, 2])) and np.sum(np.isnan(out)) == 3
+    dout = np.random.default_rng(6).standard_normal(out.shape)
+    g = additive_backward(dout, cache)
+    dout[1, 2] = 0.0
+    for n, x in additive_backward(dout, same).items():
+        np.testing.assert_allclose(g[n], x, rtol=0, atol=1e-14)
+
+
 def test_nan_in_a_live_bias_poisons_its_row_alone():
     kwargs = cases(SPEC)["bias"]
     bad = kwargs["bias"].copy()
