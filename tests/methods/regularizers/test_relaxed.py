@@ -17,6 +17,11 @@ from attention_ref.methods.regularizers.relaxed import (
 SPEC = attention_ref.get("regularizers/relaxed")
 DOT = attention_ref.get("scores/dot_product")
 
+EQUIVALENT = {
+    "np.where(good, gamma, 1.0)": "rows with a bad gamma are NaN, or empty with weights 0",
+}
+"""Mutants of the method that compute the same, and why."""
+
 
 def slow_relaxed(
     q, k, v, gamma, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
@@ -190,10 +195,10 @@ def test_minus_infinity_in_a_bias_hides_a_key_as_the_mask_does():
 def test_uniform_empty_rows_do_not_depend_on_gamma_or_scores():
     kwargs = cases(SPEC)["plain"] | {"gamma": np.full((5, 1), 0.4)}
     mask = np.ones((5, 6), bool)
-    mask[2] = False
+    mask[2], mask[0, 3:] = False, False
     out, cache = relaxed_forward(**kwargs, mask=mask, empty_row="uniform")
     np.testing.assert_allclose(cache.p[:, 2], 1 / 6, rtol=1e-15)
-    np.testing.assert_array_equal(out[:, :2], relaxed_forward(**kwargs)[0][:, :2])
+    np.testing.assert_array_equal(out[:, :2], relaxed_forward(**kwargs, mask=mask)[0][:, :2])
     g = relaxed_backward(np.random.default_rng(4).standard_normal(out.shape), cache)
     assert g["gamma"][2] == 0 and not np.any(g["q"][:, 2]) and np.all(g["gamma"][:2] != 0)
     single = {n: a[:, :1] if n in "kv" else a for n, a in kwargs.items()}
@@ -264,6 +269,7 @@ def test_fuzzy_draws_are_clipped_and_repeat():
         (np.array(0.1), core.errors.ShapeError, r"gamma has shape \(\), .* shape \(1,\)"),
         (np.ones(6), core.errors.ShapeError, r"gamma has shape \(6,\).*\(..., T, 1\)"),
         (np.ones((3, 1)), core.errors.ShapeError, r"gamma has shape \(3, 1\)"),
+        (np.ones((5, 2)), core.errors.ShapeError, r"gamma has shape \(5, 2\)"),
         (np.ones((5, 1), int), core.errors.DTypeError, "gamma has dtype int64"),
     ],
 )
