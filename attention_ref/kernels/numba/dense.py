@@ -18,54 +18,22 @@ Backward, from q, k, v, out, lse (the weights are made again, nothing of size T 
 
 Seven tile products instead of the five a single pass would need, and in exchange every item owns
 its rows: no atomics, the same bits with any number of threads. Extra memory O((T + S) (D + E)) a
-head; a bias that needs a gradient adds dz in full, (N, H, T, S).
-
-Non-finite numbers: the wrapper turns a key whose k or v holds one into k = NaN, v = 0, so a query
-that sees it becomes NaN and a query that does not sees the -inf of the mask. In the backward these
-keys are zeros and their poisoned queries have no gradient, as in scores/dot_product.
+head; a bias that needs a gradient adds dz in full, (N, H, T, S). Quarantine and layout are in ``kernels.softmax``.
 """
-
-import math
-from typing import NamedTuple
 
 import numpy as np
 
-from attention_ref.core import check
-from attention_ref.core.errors import ParameterError, ShapeError
+from attention_ref.kernels import softmax
 from attention_ref.kernels.numba import jit, threads
 from attention_ref.kernels.numba.elementary import exp, tanh
 from attention_ref.kernels.numba.tiles import (
     LANES,
     ROWS,
-    expect,
     fill,
-    float_dtype,
     load_lanes,
     multiply,
-    prepare,
     store_lanes,
-    sum_to,
 )
-
-
-class Cache(NamedTuple):
-    """What the backward needs; N stands for all leading axes flattened."""
-
-    out: np.ndarray  # (..., H, T, E), as returned
-    lse: np.ndarray  # (..., H, T), log of the sum of exponentials, nats; -inf for an empty row
-    q: np.ndarray  # (N, H, T, D), rows with NaN or infinity replaced by zeros
-    k: np.ndarray  # (N, G, S, D), likewise
-    v: np.ndarray  # (N, G, S, E), likewise
-    mask: np.ndarray  # (N or 1, H or 1, T or 1, S or 1), bool
-    bias: np.ndarray  # likewise, nats
-    numbers: tuple  # scale, softcap (0 = none), in the dtype of q
-    causal: bool
-    shift: int  # query t sees key s when s <= t + shift
-    masked: bool
-    biased: bool
-    empty_row: str
-    shapes: dict  # name -> shape of the argument as given
-    dtypes: dict  # name -> dtype of the argument as given
 
 
 @jit
@@ -352,200 +320,51 @@ def _backward_keys(first, last, q, k, v, dout, lse, delta, mask, bias, mask_stri
                    dbias)  # fmt: skip
 
 
-def _heads(x):
-    """At least (H, T, D): an array without a head axis has one head."""
-    return x if x.ndim > 2 else x[None]
+class _Kernel:
+    """The launches that ``softmax`` calls; every array is contiguous and owned."""
+
+    dtypes = (np.dtype(np.float32), np.dtype(np.float64))
+
+    @staticmethod
+    def forward(c, k, out, lse):
+        """Fill out and lse; ``k`` holds NaN in the rows nobody may see without becoming NaN."""
+        batch, heads, queries, keys, width, depth = softmax.lengths(c)
+        threads.share(
+            _forward, batch * heads * -(-queries // LANES),
+            2 * batch * heads * queries * keys * (width + depth), c.q.ravel(), k.ravel(),
+            c.v.ravel(), *_common(c), out.ravel(), lse.ravel(),
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(c, dout, lse, delta, dq, dk, dv, dbias):
+        """Fill dq, dk, dv and, when there is a bias, dbias (N, H, T, S), which holds zeros."""
+        batch, heads, queries, keys, width, depth = softmax.lengths(c)
+        inputs = (c.q, c.k, c.v, dout, lse, delta)
+        inputs = (*(x.ravel() for x in inputs), *_common(c))
+        work = 4 * batch * heads * queries * keys * (width + depth)
+        threads.share(_backward_queries, batch * heads * -(-queries // LANES), work, *inputs,
+                      dq.ravel())  # fmt: skip
+        threads.share(_backward_keys, batch * c.k.shape[1] * -(-keys // LANES), work, *inputs,
+                      dk.ravel(), dv.ravel(), dbias.ravel())  # fmt: skip
 
 
-def _flat(name, x, lead, dtype):
-    """(..., H, T, D) -> (N, H, T, D), leading axes broadcast."""
-    x = _heads(x)
-    return prepare(np.broadcast_to(x, lead + x.shape[-3:]).reshape(-1, *x.shape[-3:]), dtype)
-
-
-def _thin(name, x, lead, inner, dtype):
-    """A mask or bias as (N or 1, H or 1, T or 1, S or 1): axes it broadcasts over stay thin."""
-    if x is None:
-        return np.ones((1, 1, 1, 1), dtype)
-    expect(name, x, lead + inner, "(..., H, T, S)")
-    x = x.reshape((1,) * (len(lead) + 3 - x.ndim) + x.shape)
-    if any(n != 1 for n in x.shape[:-3]):
-        x = np.broadcast_to(x, lead + x.shape[-3:])
-    return prepare(x.reshape(-1, *x.shape[-3:]), dtype)
-
-
-def _strides(x, given):
-    """Steps in numbers along N, H, T, S (0 where x broadcasts) and whether it was given at all."""
-    steps = [s // x.itemsize if n > 1 else 0 for s, n in zip(x.strides, x.shape, strict=True)]
-    return (*steps, int(given))
-
-
-def _arrange(q, k, v, mask, bias):
-    """Check the shapes, flatten the leading axes, quarantine non-finite rows."""
-    dtype = float_dtype(q=q, k=k, v=v, bias=bias)
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x.ndim < 2:
-            raise ShapeError(f"{name} has shape {x.shape}, expected at least 2 axes")
-    heads, groups = _heads(q).shape[-3], _heads(k).shape[-3]
-    (queries, width), keys = q.shape[-2:], k.shape[-2]
-    if k.shape[-1] != width or v.shape[-2] != keys or _heads(v).shape[-3] != groups:
-        raise ShapeError(
-            f"k has shape {k.shape} and v {v.shape}, expected (..., G, S, D) and (..., G, S, E) "
-            f"for q of shape {q.shape}"
-        )
-    if not groups or heads % groups:
-        raise ShapeError(f"q has H = {heads} heads, k has G = {groups}, expected a multiple")
-    if mask is not None:
-        check.boolean("mask", mask)
-    lead = np.broadcast_shapes(*(_heads(x).shape[:-3] for x in (q, k, v)))
-    mask = _thin("mask", mask, lead, (heads, queries, keys), np.bool_)
-    bias = _thin("bias", bias, lead, (heads, queries, keys), dtype)
-    q, k, v = _flat("q", q, lead, dtype), _flat("k", k, lead, dtype), _flat("v", v, lead, dtype)
-    return q, k, v, mask, bias, lead, dtype
-
-
-def _finite_rows(x):
-    """True for rows without NaN and infinity; None when all are."""
-    return None if np.isfinite(x).all() else np.isfinite(x).all(axis=-1, keepdims=True)
+def _common(c):
+    """What all three kernels take after their arrays."""
+    _, heads, queries, keys, width, depth = softmax.lengths(c)
+    kind = c.q.dtype.type
+    return (
+        c.mask.ravel(), c.bias.ravel(), softmax.strides(c.mask, c.masked),
+        softmax.strides(c.bias, c.biased), (heads, c.k.shape[1], queries, keys, width, depth),
+        kind(c.scale), kind(c.softcap or 0), c.causal, c.shift,
+    )  # fmt: skip
 
 
 def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
             bias=None, empty_row="zero"):  # fmt: skip
-    """Softmax attention on the CPU, without ever holding the scores.
-
-    Parameters
-    ----------
-    q : ndarray, shape (..., H, T, D)
-        Queries; with two axes, one head.
-    k, v : ndarray, shapes (..., G, S, D), (..., G, S, E)
-        Keys and values; query head h uses key head h // (H // G).
-    mask, causal, align, scale, softcap, bias, empty_row
-        As in ``scores/dot_product``.
-
-    Returns
-    -------
-    out : ndarray, shape (..., H, T, E)
-        Outputs.
-    cache : Cache
-        For :func:`backward`; holds ``lse``.
-    """
-    check.option("align", align, check.ALIGNMENTS)
-    check.option("empty_row", empty_row, check.EMPTY_ROWS)
-    check.number("scale", scale)
-    check.number("softcap", softcap, low=0, open_low=True)
-    given = {"q": q, "k": k, "v": v, **({} if bias is None else {"bias": bias})}
-    masked, biased, flat = mask is not None, bias is not None, q.ndim == 2
-    q, k, v, mask, bias, lead, dtype = _arrange(q, k, v, mask, bias)
-    (batch, heads, queries, width), keys, depth = q.shape, k.shape[2], v.shape[3]
-    scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    numbers = dtype.type(scale), dtype.type(softcap or 0)
-    shift = keys - queries if align == "lower_right" else 0
-
-    good = _finite_rows(k), _finite_rows(v)
-    marked = k
-    if good[0] is not None or good[1] is not None:
-        both = np.logical_and(*(True if g is None else g for g in good))
-        marked = np.where(both, k, dtype.type(np.nan))
-        k, v = (x if g is None else np.where(g, x, dtype.type(0)) for x, g in zip((k, v), good))
-    out = np.empty((batch, heads, queries, depth), dtype)
-    lse = np.empty((batch, heads, queries), dtype)
-    sizes = (heads, k.shape[1], queries, keys, width, depth)
-    pairs = batch * heads * queries * keys
-    threads.share(
-        _forward, batch * heads * -(-queries // LANES), 2 * pairs * (width + depth),
-        q.ravel(), marked.ravel(), v.ravel(), mask.ravel(), bias.ravel(), _strides(mask, masked),
-        _strides(bias, biased), sizes, *numbers, bool(causal), shift, out.ravel(), lse.ravel(),
-    )  # fmt: skip
-    good_q = _finite_rows(q)
-    q = q if good_q is None else np.where(good_q, q, dtype.type(0))
-    _fill_empty_rows(out, lse, marked, v, heads // k.shape[1], empty_row)
-
-    inner = () if flat else (heads,)
-    out, lse = out.reshape(*lead, *inner, queries, depth), lse.reshape(*lead, *inner, queries)
-    return out, Cache(
-        out, lse, q, k, v, mask, bias, numbers, causal, shift, masked, biased, empty_row,
-        {name: x.shape for name, x in given.items()}, {name: x.dtype for name, x in given.items()},
-    )  # fmt: skip
-
-
-def _fill_empty_rows(out, lse, k, v, share, empty_row):
-    """Queries without a key: zeros are there already, the other choices are written here."""
-    empty = np.isneginf(lse)
-    if empty_row == "zero" or not empty.any():
-        return
-    if empty_row == "raise":
-        raise ParameterError(
-            "mask leaves at least one query without a key, expected none with "
-            "empty_row='raise'; hint: empty_row='zero' gives such rows zeros"
-        )
-    fill_with = np.full_like(v[:, :, :1], np.nan)
-    if empty_row == "uniform" and v.shape[2]:
-        poison = np.isnan(k).any(axis=(2, 3), keepdims=True)
-        fill_with = np.where(poison, np.nan, v.mean(axis=2, keepdims=True))
-    fill_with = np.broadcast_to(np.repeat(fill_with, share, axis=1), out.shape)
-    out[empty] = fill_with[empty]
-    if empty_row == "nan":
-        lse[empty] = np.nan
+    """Softmax attention on the CPU; arguments and results as in ``kernels.softmax.forward``."""
+    return softmax.forward(_Kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row)
 
 
 def backward(dout, cache, dlse=None):
-    """Gradients of :func:`forward`.
-
-    Parameters
-    ----------
-    dout : ndarray, shape (..., H, T, E)
-        Gradient of the output.
-    cache : Cache
-        From the forward.
-    dlse : ndarray, shape (..., H, T), optional
-        Gradient of ``cache.lse``.
-
-    Returns
-    -------
-    dict
-        Under "q", "k", "v" and, when a bias was given, "bias".
-    """
-    c = cache
-    (batch, heads, queries, width), keys, depth = c.q.shape, c.k.shape[2], c.v.shape[3]
-    if dout.shape != c.out.shape:
-        raise ShapeError(f"dout has shape {dout.shape}, expected {c.out.shape}, that of the output")
-    dtype, infinity = c.q.dtype, c.q.dtype.type(np.inf)
-    out, lse = c.out.reshape(*c.q.shape[:3], depth), c.lse.reshape(c.q.shape[:3])
-    dout = prepare(dout, dtype).reshape(out.shape)
-    empty, poison = np.isneginf(lse), np.isnan(lse)
-    if poison.any():
-        dout = np.where(poison[..., None], dtype.type(0), dout)
-        out = np.where(poison[..., None], dtype.type(0), out)
-    delta = np.einsum("nhte,nhte->nht", dout, out)
-    if dlse is not None:
-        delta -= np.where(empty | poison, dtype.type(0), np.reshape(dlse, delta.shape))
-    lse = np.where(empty | poison, infinity, lse)  # so that their weights are exp(-inf) = 0
-
-    dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)
-    dbias = np.zeros((batch, heads, queries, keys) if c.biased else (1, 1, 1, 1), dtype)
-    sizes = (heads, c.k.shape[1], queries, keys, width, depth)
-    arguments = (
-        c.q.ravel(), c.k.ravel(), c.v.ravel(), dout.ravel(), lse.ravel(), delta.ravel(),
-        c.mask.ravel(), c.bias.ravel(), _strides(c.mask, c.masked), _strides(c.bias, c.biased),
-        sizes, *c.numbers, bool(c.causal), c.shift,
-    )  # fmt: skip
-    work = 4 * batch * heads * queries * keys * (width + depth)
-    items = batch * heads * -(-queries // LANES)
-    threads.share(_backward_queries, items, work, *arguments, dq.ravel())
-    items = batch * c.k.shape[1] * -(-keys // LANES)
-    threads.share(_backward_keys, items, work, *arguments, dk.ravel(), dv.ravel(), dbias.ravel())
-    if c.empty_row == "uniform" and empty.any():
-        spread = np.where(empty[..., None], dout, dtype.type(0)).sum(axis=2, keepdims=True) / keys
-        groups = c.k.shape[1]
-        dv += spread.reshape(batch, groups, heads // groups, 1, depth).sum(axis=2)
-    gradients = {"q": dq, "k": dk, "v": dv, **({"bias": dbias} if c.biased else {})}
-    return {name: _give_back(dx, c, name) for name, dx in gradients.items()}
-
-
-def _give_back(dx, cache, name):
-    """From (N, H, T, D) to the shape and dtype the argument had."""
-    shape = cache.shapes[name]
-    lead = cache.out.shape[: max(cache.out.ndim - 3, 0)]
-    dx = dx.reshape(*lead, *dx.shape[1:])
-    dx = sum_to(dx, shape) if len(shape) <= dx.ndim else dx.reshape(shape)
-    return dx.astype(cache.dtypes[name], copy=False)
+    """Gradients of :func:`forward`; as in ``kernels.softmax.backward``."""
+    return softmax.backward(_Kernel, dout, cache, dlse)

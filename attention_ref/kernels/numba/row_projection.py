@@ -20,8 +20,8 @@ import numpy as np
 
 from attention_ref.core import check
 from attention_ref.core.errors import ShapeError
+from attention_ref.kernels.door import expect, float_dtype, prepare
 from attention_ref.kernels.numba import jit, threads
-from attention_ref.kernels.numba.tiles import expect, float_dtype, prepare
 
 LANES = 16
 

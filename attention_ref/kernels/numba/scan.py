@@ -30,8 +30,8 @@ import numpy as np
 
 from attention_ref.core import check
 from attention_ref.core.errors import ShapeError
+from attention_ref.kernels.door import expect, float_dtype, prepare, sum_to
 from attention_ref.kernels.numba import jit, threads
-from attention_ref.kernels.numba.tiles import expect, float_dtype, prepare, sum_to
 
 
 class Cache(NamedTuple):
@@ -177,7 +177,7 @@ def _backward(first, last, q, k, v, b, gate, kept, dout, dstate, scale, erase, s
 def _spread(name, x, lead, inner, dtype, letters):
     """Broadcast to (*lead, *inner), flatten the leading axes; always a fresh or native array."""
     expect(name, x, lead + inner, letters)
-    return prepare(np.broadcast_to(x, lead + inner).reshape(-1, *inner), dtype)
+    return prepare(np.broadcast_to(x, lead + inner).reshape(math.prod(lead), *inner), dtype)
 
 
 def _run(q, k, v, b, gate, state, scale, erase, names):

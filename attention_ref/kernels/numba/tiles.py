@@ -1,4 +1,4 @@
-"""Steps on tiles that stay in the first-level cache, and the door every wrapper shares.
+"""Steps on tiles that stay in the nearest caches.
 
 A tile is a flat array of rows of ``LANES`` numbers; every inner loop runs over the lanes, so all
 arithmetic is vector code and no sum ever runs *across* the lanes. Which axis lies in the lanes is
@@ -10,9 +10,6 @@ stores of a vector. All arrays are flat and contiguous; a matrix is (flat, start
 column stride), so a transposed factor costs nothing.
 """
 
-import numpy as np
-
-from attention_ref.core.errors import DTypeError, ShapeError
 from attention_ref.kernels.numba import jit
 
 LANES = 128
@@ -123,40 +120,3 @@ def store_lanes(tile, width, lanes, factor, target, start):
     for x in range(lanes):
         for d in range(width):
             target[start + x * width + d] = tile[d * LANES + x] * factor
-
-
-def prepare(x, dtype):
-    """A contiguous, aligned, writable array of a native dtype: one signature a dtype, no copy
-    where the caller's array already is one."""
-    return np.require(x, dtype, ["C", "A", "W"])
-
-
-def float_dtype(**arrays):
-    """The one dtype that all given arrays promote to; float32 or float64, or a DTypeError."""
-    for name, x in arrays.items():
-        if x is not None and (x.dtype.kind != "f" or x.dtype.itemsize not in (4, 8)):
-            raise DTypeError(
-                f"{name} has dtype {x.dtype}, expected float32 or float64; "
-                f"hint: {name}.astype(np.float32)"
-            )
-    return np.result_type(*(x.dtype.newbyteorder("=") for x in arrays.values() if x is not None))
-
-
-def sum_to(dx, shape):
-    """Sum a gradient back to the shape its argument had before broadcasting."""
-    dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
-    wide = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
-    return dx.sum(axis=wide, keepdims=True) if wide else dx
-
-
-def expect(name, x, shape, letters):
-    """Refuse an array whose shape does not broadcast to ``shape``."""
-    try:
-        fits = np.broadcast_shapes(x.shape, shape) == tuple(shape)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ShapeError(
-            f"{name} has shape {x.shape}, expected one that broadcasts to {tuple(shape)}, "
-            f"that is {letters}"
-        )

@@ -1,0 +1,239 @@
+"""Dense softmax attention around the kernels: what the CPU and the GPU share.
+
+Checks, the flat layout (N, H, T, D), quarantine of non-finite rows, rows without a key, and the
+shapes of the gradients. A kernel object has ``dtypes``, ``forward(cache, k, out, lse)`` and
+``backward(cache, dout, lse, delta, dq, dk, dv, dbias)``; it fills arrays made here.
+
+Non-finite numbers: a key whose k or v holds one enters the forward as k = NaN, v = 0, so that a
+query that sees it becomes NaN and a query that does not sees the -inf of the mask. In the backward
+such keys are zeros and the poisoned queries have no gradient, as in scores/dot_product.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from attention_ref.core import check
+from attention_ref.core.errors import DTypeError, ParameterError, ShapeError
+from attention_ref.kernels.door import expect, float_dtype, prepare, sum_to
+
+
+class Cache(NamedTuple):
+    """What the backward needs; N stands for all leading axes flattened."""
+
+    out: np.ndarray  # (..., H, T, E), as returned
+    lse: np.ndarray  # (..., H, T), log of the sum of exponentials, nats; -inf for an empty row
+    q: np.ndarray  # (N, H, T, D), rows with NaN or infinity replaced by zeros
+    k: np.ndarray  # (N, G, S, D), likewise
+    v: np.ndarray  # (N, G, S, E), likewise
+    mask: np.ndarray  # (N or 1, H or 1, T or 1, S or 1), bool
+    bias: np.ndarray  # likewise, nats
+    scale: float
+    softcap: float | None
+    causal: bool
+    shift: int  # query t sees key s when s <= t + shift
+    masked: bool
+    biased: bool
+    empty_row: str
+    shapes: dict  # name -> shape of the argument as given
+    dtypes: dict  # name -> dtype of the argument as given
+
+
+def lengths(cache):
+    """N, H, T, S, D, E."""
+    batch, heads, queries, width = cache.q.shape
+    return batch, heads, queries, cache.k.shape[2], width, cache.v.shape[3]
+
+
+def strides(x, given):
+    """Steps in numbers along N, H, T, S (0 where x broadcasts) and whether it was given at all."""
+    steps = [s // x.itemsize if n > 1 else 0 for s, n in zip(x.strides, x.shape, strict=True)]
+    return (*steps, int(given))
+
+
+def _heads(x):
+    """At least (H, T, D): an array without a head axis has one head."""
+    return x if x.ndim > 2 else x[None]
+
+
+def _flat(x, lead, dtype):
+    """(..., H, T, D) -> (N, H, T, D), leading axes broadcast."""
+    x = _heads(x)
+    inner = x.shape[-3:]
+    return prepare(np.broadcast_to(x, lead + inner).reshape(math.prod(lead), *inner), dtype)
+
+
+def _thin(name, x, lead, inner, dtype, q):
+    """A mask or bias as (N or 1, H or 1, T or 1, S or 1): axes it broadcasts over stay thin."""
+    if x is None:
+        return np.ones_like(q, shape=(1, 1, 1, 1), dtype=dtype)
+    expect(name, x, lead + inner, "(..., H, T, S)")
+    x = x.reshape((1,) * (len(lead) + 3 - x.ndim) + x.shape)
+    if any(n != 1 for n in x.shape[:-3]):
+        x = np.broadcast_to(x, lead + x.shape[-3:])
+    return prepare(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]), dtype)
+
+
+def _arrange(q, k, v, mask, bias):
+    """Check the shapes, flatten the leading axes, quarantine non-finite rows."""
+    dtype = float_dtype(q=q, k=k, v=v, bias=bias)
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.ndim < 2:
+            raise ShapeError(f"{name} has shape {x.shape}, expected at least 2 axes")
+    heads, groups = _heads(q).shape[-3], _heads(k).shape[-3]
+    (queries, width), keys = q.shape[-2:], k.shape[-2]
+    if k.shape[-1] != width or v.shape[-2] != keys or _heads(v).shape[-3] != groups:
+        raise ShapeError(
+            f"k has shape {k.shape} and v {v.shape}, expected (..., G, S, D) and (..., G, S, E) "
+            f"for q of shape {q.shape}"
+        )
+    if not groups or heads % groups:
+        raise ShapeError(f"q has H = {heads} heads, k has G = {groups}, expected a multiple")
+    if mask is not None:
+        check.boolean("mask", mask)
+    lead = np.broadcast_shapes(*(_heads(x).shape[:-3] for x in (q, k, v)))
+    mask = _thin("mask", mask, lead, (heads, queries, keys), np.bool_, q)
+    bias = _thin("bias", bias, lead, (heads, queries, keys), dtype, q)
+    q, k, v = (_flat(x, lead, dtype) for x in (q, k, v))
+    return q, k, v, mask, bias, lead, dtype
+
+
+def _finite_rows(x):
+    """True for rows without NaN and infinity; None when all are."""
+    return None if np.isfinite(x).all() else np.isfinite(x).all(axis=-1, keepdims=True)
+
+
+def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row):
+    """Softmax attention without ever holding the scores.
+
+    Parameters
+    ----------
+    kernel : object
+        The launches, see the head of this file; the wrappers fill it in.
+    q : ndarray, shape (..., H, T, D)
+        Queries; with two axes, one head.
+    k, v : ndarray, shapes (..., G, S, D), (..., G, S, E)
+        Keys and values; query head h uses key head h // (H // G).
+    mask, causal, align, scale, softcap, bias, empty_row
+        As in ``scores/dot_product``.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, T, E)
+        Outputs.
+    cache : Cache
+        For :func:`backward`; holds ``lse``.
+    """
+    check.option("align", align, check.ALIGNMENTS)
+    check.option("empty_row", empty_row, check.EMPTY_ROWS)
+    check.number("scale", scale)
+    check.number("softcap", softcap, low=0, open_low=True)
+    given = {"q": q, "k": k, "v": v, **({} if bias is None else {"bias": bias})}
+    masked, biased, inner = mask is not None, bias is not None, q.shape[-3:-2]
+    q, k, v, mask, bias, lead, dtype = _arrange(q, k, v, mask, bias)
+    if dtype not in kernel.dtypes:
+        names = " or ".join(map(str, kernel.dtypes))
+        raise DTypeError(f"q, k, v promote to {dtype}, this kernel takes {names}; hint: .astype()")
+    (batch, heads, queries, width), keys, depth = q.shape, k.shape[2], v.shape[3]
+
+    good = _finite_rows(k), _finite_rows(v)
+    marked = k
+    if good[0] is not None or good[1] is not None:
+        both = np.logical_and(*(True if g is None else g for g in good))
+        marked = np.where(both, k, dtype.type(np.nan))
+        k, v = (
+            x if g is None else np.where(g, x, dtype.type(0))
+            for x, g in zip((k, v), good, strict=True)
+        )  # fmt: skip
+    out = np.empty_like(q, shape=(batch, heads, queries, depth))
+    lse = np.empty_like(q, shape=(batch, heads, queries))
+    shape = (*lead, *inner, queries)
+    cache = Cache(
+        out.reshape(*shape, depth), lse.reshape(shape), q, k, v, mask, bias,
+        1.0 / math.sqrt(width) if scale is None else float(scale), softcap, bool(causal),
+        keys - queries if align == "lower_right" else 0, masked, biased, empty_row,
+        {name: x.shape for name, x in given.items()}, {name: x.dtype for name, x in given.items()},
+    )  # fmt: skip
+    kernel.forward(cache, marked, out, lse)
+    _fill_empty_rows(out, lse, marked, v, heads // max(k.shape[1], 1), empty_row)
+    good_q = _finite_rows(q)
+    if good_q is not None:
+        cache = cache._replace(q=np.where(good_q, q, dtype.type(0)))
+    return cache.out, cache
+
+
+def _fill_empty_rows(out, lse, k, v, share, empty_row):
+    """Queries without a key: zeros are there already, the other choices are written here."""
+    empty = lse == -np.inf
+    if empty_row == "zero" or not empty.any():
+        return
+    if empty_row == "raise":
+        raise ParameterError(
+            "mask leaves at least one query without a key, expected none with "
+            "empty_row='raise'; hint: empty_row='zero' gives such rows zeros"
+        )
+    fill_with = np.full_like(v[:, :, :1], np.nan)
+    if empty_row == "uniform" and v.shape[2]:
+        poison = np.isnan(k).any(axis=(2, 3), keepdims=True)
+        fill_with = np.where(poison, np.nan, v.mean(axis=2, keepdims=True))
+    fill_with = np.broadcast_to(np.repeat(fill_with, share, axis=1), out.shape)
+    out[empty] = fill_with[empty]
+    if empty_row == "nan":
+        lse[empty] = np.nan
+
+
+def backward(kernel, dout, cache, dlse):
+    """Gradients of :func:`forward`.
+
+    Parameters
+    ----------
+    kernel : object
+        As in :func:`forward`.
+    dout : ndarray, shape (..., H, T, E)
+        Gradient of the output.
+    cache : Cache
+        From the forward.
+    dlse : ndarray, shape (..., H, T), optional
+        Gradient of ``cache.lse``.
+
+    Returns
+    -------
+    dict
+        Under "q", "k", "v" and, when a bias was given, "bias".
+    """
+    c = cache
+    batch, heads, queries, keys, _, depth = lengths(c)
+    if dout.shape != c.out.shape:
+        raise ShapeError(f"dout has shape {dout.shape}, expected {c.out.shape}, that of the output")
+    dtype, infinity = c.q.dtype, c.q.dtype.type(np.inf)
+    out, lse = c.out.reshape(*c.q.shape[:3], depth), c.lse.reshape(c.q.shape[:3])
+    dout = prepare(dout, dtype).reshape(out.shape)
+    empty, poison = lse == -np.inf, np.isnan(lse)
+    if poison.any():
+        dout = np.where(poison[..., None], dtype.type(0), dout)
+        out = np.where(poison[..., None], dtype.type(0), out)
+    delta = np.einsum("nhte,nhte->nht", dout, out)
+    if dlse is not None:
+        delta -= np.where(empty | poison, dtype.type(0), np.reshape(dlse, delta.shape))
+    lse = np.where(empty | poison, infinity, lse)  # so that their weights are exp(-inf) = 0
+
+    dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)
+    full = (batch, heads, queries, keys) if c.biased else (1, 1, 1, 1)
+    dbias = np.zeros_like(c.q, shape=full)
+    kernel.backward(c, dout, lse, delta, dq, dk, dv, dbias)
+    if c.empty_row == "uniform" and empty.any():
+        spread = np.where(empty[..., None], dout, dtype.type(0)).sum(axis=2, keepdims=True) / keys
+        groups = c.k.shape[1]
+        dv += spread.reshape(batch, groups, heads // groups, 1, depth).sum(axis=2)
+    gradients = {"q": dq, "k": dk, "v": dv, **({"bias": dbias} if c.biased else {})}
+    return {name: _give_back(dx, c, name) for name, dx in gradients.items()}
+
+
+def _give_back(dx, cache, name):
+    """From (N, H, T, D) to the shape and dtype the argument had."""
+    shape = cache.shapes[name]
+    lead = cache.out.shape[: max(cache.out.ndim - 3, 0)]
+    dx = dx.reshape(*lead, *dx.shape[1:])
+    dx = sum_to(dx, shape) if len(shape) <= dx.ndim else dx.reshape(shape)
+    return dx.astype(cache.dtypes[name], copy=False)
