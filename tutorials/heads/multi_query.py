@@ -269,9 +269,7 @@ held = all(
 )
 ratio = np.mean([r["mean"] / r["first head"] for r in records])
 print(f"mean / first head: {ratio:.3f}; expected near {1 / math.sqrt(2):.3f}")
-tutorial.measured(
-    ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.02
-)
+tutorial.measured(ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.02)
 
 # %%
 # The figure

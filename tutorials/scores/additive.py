@@ -255,9 +255,7 @@ held = all(
     row[-1, 0] < row[0, 0] / 4 and abs(row[-1, 2] - row[0, 2]) < 0.01 and np.max(row[:, 3]) <= 1
     for row in table
 )
-tutorial.measured(
-    ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.05
-)
+tutorial.measured(ours=records, verdict="reproduced" if held else "not reproduced", tolerance=0.05)
 
 # %%
 # A trace near its maximum :math:`1 - 1/64 = 0.984` is no virtue in itself: fresh additive

@@ -238,9 +238,7 @@ def test_cache_bytes_of_the_papers_sizes():
 
 def test_conversion_is_the_mean_of_consecutive_heads():
     w = np.arange(12.0).reshape(4, 1, 3)
-    np.testing.assert_array_equal(
-        multi_query_convert(w, 2), [[[1.5, 2.5, 3.5]], [[7.5, 8.5, 9.5]]]
-    )
+    np.testing.assert_array_equal(multi_query_convert(w, 2), [[[1.5, 2.5, 3.5]], [[7.5, 8.5, 9.5]]])
     np.testing.assert_array_equal(multi_query_convert(w, 4), w)
     assert multi_query_convert(np.ones((5, 6, 2, 3)), 1).shape == (5, 1, 2, 3)
 

@@ -117,9 +117,7 @@ def test_is_a_mixture_of_softmax_attention_and_the_mean(case):
     np.testing.assert_allclose(g["v"], h["v"] + e["v"], rtol=0, atol=1e-14)
     if "gamma" in g:
         slope = np.sum(dout * (even - sharp), axis=-1, keepdims=True)
-        np.testing.assert_allclose(
-            g["gamma"], core.sum_to(slope, gamma.shape), rtol=0, atol=1e-13
-        )
+        np.testing.assert_allclose(g["gamma"], core.sum_to(slope, gamma.shape), rtol=0, atol=1e-13)
     else:
         assert isinstance(gamma, float)
 
