@@ -315,11 +315,12 @@ def _example(rng):
         return np.min(gap) > 0.03 and np.all(seen | ~np.any(live, axis=tuple(range(live.ndim - 1))))
 
     found = {}
-    while True:
+    for _ in range(1000):
         drawn = core.examples.attention(rng, extra=extra)
         found |= {n: case for n, case in drawn.items() if n not in found and clear(case)}
         if len(found) == len(drawn):
             return {n: found[n] for n in drawn}
+    raise core.errors.ParameterError("rng gave no example away from kinks in 1000 draws")
 
 
 SPEC = core.Mechanism(
