@@ -172,7 +172,7 @@ def linear_transformer_backward(dout, cache):
         Under "q", "k", "v".
     """
     fq, fk, v, p, total, live, poison, feature_map = cache
-    core.check.cotangent(dout, (*p.shape[:-1], v.shape[-1]))
+    core.check.cotangent(dout, (*poison.shape[:-1], v.shape[-1]))
     dout = np.where(poison, 0.0, dout)
 
     dz, dv = core.mix_backward(dout, p, v)  # (4')

@@ -294,6 +294,20 @@ def test_a_chunk_has_at_least_one_token():
         linear_transformer_chunked_forward(**cases(SPEC)["plain"], chunk=0)
 
 
+def test_values_may_have_axes_of_their_own():
+    """A leading axis of v alone: one set of weights, several mixtures, gradients summed back."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(n) for n in ((5, 4), (6, 4), (2, 6, 3)))
+    out, cache = linear_transformer_forward(q, k, v, causal=True)
+    g = linear_transformer_backward(np.cos(out), cache)
+    parts = [linear_transformer_forward(q, k, x, causal=True) for x in v]
+    grads = [linear_transformer_backward(np.cos(o), c) for o, c in parts]
+    np.testing.assert_allclose(out, np.stack([o for o, _ in parts]), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(g["v"], np.stack([x["v"] for x in grads]), rtol=0, atol=1e-14)
+    for name in "qk":
+        np.testing.assert_allclose(g[name], sum(x[name] for x in grads), rtol=0, atol=1e-14)
+
+
 def test_a_foreign_cotangent_is_refused():
     out, cache = linear_transformer_forward(**cases(SPEC)["plain"])
     with pytest.raises(core.errors.ShapeError, match="dout has shape"):
