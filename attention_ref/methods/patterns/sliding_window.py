@@ -83,8 +83,7 @@ def _window(q, k, left, right, dilation, global_tokens, align):
 def _row_forward(q, k, v, live, scale, softcap, bias, empty_row):
     """Softmax attention over ``live``; returns the output, NaN where poisoned, and a Row."""
     q, k, v, poison = core.quarantine(q, k, v, live, empty_row)
-    z = core.scores_forward(q, k, scale)
-    z = capped = core.softcap_forward(z, softcap)
+    z = capped = core.softcap_forward(core.scores_forward(q, k, scale), softcap)
     if bias is not None:
         clean, poison = core.quarantine_bias(bias, live, poison)
         z = z + clean
@@ -237,8 +236,9 @@ def sliding_window_backward(dout, cache):
     dict
         Under "q", "k", "v" and, where given, "qg", "kg", "vg", "bias".
     """
-    near, far, ours, p, own, scale, softcap, bias_shape = cache
-    core.check.cotangent(dout, (*p.shape[:-1], near.v.shape[-1]))
+    near, far, ours, _, own, scale, softcap, bias_shape = cache
+    rows = np.broadcast_shapes(ours.shape, near.poison.shape, (far or near).poison.shape)[:-1]
+    core.check.cotangent(dout, (*rows, near.v.shape[-1]))
     share = dout if far is None else np.where(ours, 0.0, dout)
     *parts, dbias = _row_backward(share, near, scale, softcap)  # (5') (4') (3') (2')
     gradients = dict(zip("qkv", parts, strict=True))  # (1'): the window is made of whole numbers

@@ -102,6 +102,7 @@ def test_worked_example():
         ({"left": 1, "right": 0}, ("x....", "xx...", ".xx..", "..xx.", "...xx")),
         ({"left": 0, "right": 2}, ("xxx..", ".xxx.", "..xxx", "...xx", "....x")),
         ({"left": 2, "right": 2, "dilation": 2}, ("x.x..", ".x.x.", "x.x.x", ".x.x.", "..x.x")),
+        ({"left": 3, "right": 4, "dilation": 3}, ("x..x.", ".x..x", "..x..", "x..x.", ".x..x")),
         ({"left": 0, "right": 0, "global_tokens": np.array([1])},
          ("xx...", "xxxxx", ".xx..", ".x.x.", ".x..x")),
         ({"left": 0, "right": 0, "global_tokens": np.array([1]), "causal": True},
@@ -300,6 +301,20 @@ def test_a_row_that_the_window_empties():
 def test_errors_name_argument_and_expectation(change, error, says):
     with pytest.raises(error, match=says):
         sliding_window_forward(**(cases(SPEC)["plain"] | change))
+
+
+def test_values_may_have_axes_of_their_own():
+    """A leading axis of v alone: one set of weights, several mixtures, gradients summed back."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(n) for n in ((5, 4), (6, 4), (2, 6, 3)))
+    out, cache = sliding_window_forward(q, k, v, left=2, right=1)
+    g = sliding_window_backward(np.cos(out), cache)
+    parts = [sliding_window_forward(q, k, x, left=2, right=1) for x in v]
+    grads = [sliding_window_backward(np.cos(o), c) for o, c in parts]
+    np.testing.assert_allclose(out, np.stack([o for o, _ in parts]), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(g["v"], np.stack([x["v"] for x in grads]), rtol=0, atol=1e-14)
+    for name in "qk":
+        np.testing.assert_allclose(g[name], sum(x[name] for x in grads), rtol=0, atol=1e-14)
 
 
 def test_a_foreign_cotangent_is_refused():
