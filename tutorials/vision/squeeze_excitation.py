@@ -253,9 +253,10 @@ print(f"weights of the gates: se {2 * CHANNELS * HIDDEN + CHANNELS + HIDDEN}, ec
 # %%
 # The figure
 # ----------
-# Left: the training loss. Without gates, and with "eca", it stays at half of :math:`\ln 2`: the
-# half of the images with :math:`A = B` is solved, the other half a coin toss. Middle: accuracy on
-# conflicting images. Right: the gates that "se" has learned, one point a channel.
+# Left: the training loss. Without gates, and with "eca", it stays just above half of
+# :math:`\ln 2` (dashed): the half of the images with :math:`A = B` is solved, the other half a coin
+# toss. Middle: accuracy on conflicting images. Right: the gates that "se" has learned, one point a
+# channel.
 
 figure = None
 if not tutorial.quick:
