@@ -43,7 +43,7 @@ def on_cpu(tmp_path_factory):
         def launch(name, blocks, arguments, width, depth):
             key = (side, width, depth)
             if key not in loaded:
-                file = folder / ("dense%d_%d_%d.so" % key)
+                file = folder / f"dense_{side}_{width}_{depth}.so"
                 build(file, *key, "-O1", "-shared", "-fPIC")
                 loaded[key] = ctypes.CDLL(str(file))
             cells = [pointer(x) for x in arguments]
@@ -81,7 +81,7 @@ def draw(batch, heads, groups, queries, keys, width, depth, mask=False, bias=Non
 
 
 def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, softcap=None):
-    """Forward and backward against the full matrix in float64."""
+    """Forward and backward against the full matrix in float64: the largest distance, in eps."""
     arguments = (options["mask"], causal, align, scale, softcap, options["bias"], "zero")
     dlse = np.random.default_rng(1).standard_normal(x["dout"].shape[:-1]).astype(np.float32)
     out, cache = softmax.forward(kernel, x["q"], x["k"], x["v"], *arguments)
@@ -91,11 +91,10 @@ def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, so
     )
     alive = np.isfinite(true_lse)
     assert np.array_equal(alive, np.isfinite(cache.lse))
-    assert formulas.distance(out, true_out, np.float32) < BOUND
-    assert formulas.distance(cache.lse[alive], true_lse[alive], np.float32) < BOUND
     assert gradients.keys() == true.keys()
-    for name, truth in true.items():
-        assert formulas.distance(gradients[name], truth, np.float32) < BOUND, name
+    pairs = [(out, true_out), (cache.lse[alive], true_lse[alive])]
+    pairs += [(gradients[name], truth) for name, truth in true.items()]
+    return max(formulas.distance(*pair, np.float32) for pair in pairs)
 
 
 @needs_compiler
@@ -107,17 +106,18 @@ def test_values_and_gradients_on_the_cpu(case, lengths, on_cpu):
         2, 4, 2, queries, keys, 5, 9, case in ("mask", "all"),
         (4, queries, keys) if case == "all" else (queries, 1) if case == "mask" else None,
     )  # fmt: skip
-    compare(
+    distance = compare(
         on_cpu(4), x, options, case in ("causal", "upper", "all"),
         "upper_left" if case == "upper" else "lower_right",
         softcap=1.3 if case == "all" else None,
     )  # fmt: skip
+    assert distance < BOUND
 
 
 @needs_compiler
 def test_the_block_size_that_is_shipped(on_cpu):
     x, options = draw(1, 2, 1, 70, 67, 33, 13, True)
-    compare(on_cpu(dense.SIDE), x, options, causal=True)
+    assert compare(on_cpu(dense.SIDE), x, options, causal=True) < BOUND
 
 
 @needs_compiler

@@ -18,7 +18,7 @@ Backward, from q, k, v, out, lse (the weights are made again, nothing of size T 
 
 Seven tile products instead of the five a single pass would need, and in exchange every item owns
 its rows: no atomics, the same bits with any number of threads. Extra memory O((T + S) (D + E)) a
-head; a bias that needs a gradient adds dz in full, (N, H, T, S). Quarantine and layout are in ``kernels.softmax``.
+head; a bias adds its gradient in full, (N, H, T, S). Quarantine and layout: ``kernels.softmax``.
 """
 
 import numpy as np

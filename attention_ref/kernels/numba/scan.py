@@ -8,8 +8,9 @@ a_t is 1, one number a token, or one number a token and key channel. One kernel 
 the erasing term the delta rule with b = 1 is the decay scan.
 
 Loop order: one item a head of a sequence; tokens one after another; inside a token the rows d of
-the state, and in the innermost loop its E columns. Traffic: the state (D E numbers, 16 KB for
-64 x 64 in float32) stays in the first-level cache, q, k, v, out pass through once.
+the state, and in the innermost loop its E columns; two passes over the state a token. Traffic: the
+state (D E numbers, 16 KB for 64 x 64 in float32) stays in the first-level cache, q, k, v, out pass
+through once.
 
 Backward, t downwards, G the gradient of S_t (equations of the delta rule; without erasing the
 terms in brackets are absent):
@@ -20,7 +21,8 @@ terms in brackets are absent):
 It needs the states again. The forward keeps every P-th one, P about sqrt(T); the backward walks
 over segments of P tokens from the last to the first, makes the segment's states again and keeps
 them while it is there. Memory: T / P states a head in the cache and P + 2 states a thread, that is
-O(sqrt(T) D E) instead of O(T D E); one extra forward in time.
+O(sqrt(T) D E) instead of O(T D E); one extra forward in time. Here the states lie as (E, D), so
+that all sums but two run down the rows and the innermost loop is over D.
 """
 
 import math
@@ -51,34 +53,41 @@ class Cache(NamedTuple):
 
 
 @jit
-def _token(state, u, q, k, v, b, gate, at, erase, width, depth, channels):
-    """S_{t-1} -> S_t in place; u = v - S~^T k. ``at`` is the number of the token."""
-    one = v.dtype.type(1)
-    values = v[at * depth : (at + 1) * depth]
-    for e in range(depth):
-        u[e] = values[e]
+def _decay_and_read(state, u, k, a, width, depth):
+    """S~ = a S in place and u -= S~^T k."""
     for d in range(width):
-        a = gate[at * channels + d % channels] if channels > 0 else one
-        row, key = state[d * depth : (d + 1) * depth], k[at * width + d]
-        if erase:
-            for e in range(depth):
-                x = row[e] * a
-                row[e] = x
-                u[e] -= x * key
-        elif channels > 0:
-            for e in range(depth):
-                row[e] *= a
-    for d in range(width):
-        row, key = state[d * depth : (d + 1) * depth], k[at * width + d] * b[at]
+        row, factor, key = state[d * depth : (d + 1) * depth], a[d], k[d]
         for e in range(depth):
-            row[e] += key * u[e]
+            x = row[e] * factor
+            row[e] = x
+            u[e] -= x * key
+
+
+@jit
+def _write_and_read(state, u, y, k, q, beta, scale, width, depth):
+    """S = S~ + b k u^T in place and y += c S^T q."""
+    for d in range(width):
+        row, key, query = state[d * depth : (d + 1) * depth], k[d] * beta, q[d] * scale
+        for e in range(depth):
+            x = row[e] + key * u[e]
+            row[e] = x
+            y[e] += query * x
+
+
+@jit
+def _spread_gate(a, gate, at, channels, width):
+    """The decay of every key channel at one token."""
+    one = a.dtype.type(1)
+    for d in range(width):
+        a[d] = gate[at * channels + (d if channels > 1 else 0)] if channels > 0 else one
 
 
 @jit
 def _forward(first, last, q, k, v, b, gate, state, kept, scale, erase, sizes, out):
     tokens, width, depth, channels, segment = sizes
     area, segments = width * depth, (tokens + segment - 1) // segment
-    u = np.empty(depth, q.dtype)
+    u, nowhere = np.empty(depth, q.dtype), np.empty(depth, q.dtype)
+    a = np.empty(width, q.dtype)
     for n in range(first, last):
         s = state[n * area : (n + 1) * area]
         for t in range(tokens):
@@ -86,64 +95,78 @@ def _forward(first, last, q, k, v, b, gate, state, kept, scale, erase, sizes, ou
                 at = (n * segments + t // segment) * area
                 kept[at : at + area] = s
             at = n * tokens + t
-            _token(s, u, q, k, v, b, gate, at, erase, width, depth, channels)
-            y = out[at * depth : (at + 1) * depth]
+            u[:] = v[at * depth : (at + 1) * depth]
+            y, key = out[at * depth : (at + 1) * depth], k[at * width : (at + 1) * width]
             y[:] = 0
-            for d in range(width):
-                row, factor = s[d * depth : (d + 1) * depth], q[at * width + d] * scale
-                for e in range(depth):
-                    y[e] += factor * row[e]
+            if erase or channels > 0:
+                _spread_gate(a, gate, at, channels, width)
+                _decay_and_read(s, u if erase else nowhere, key, a, width, depth)
+            _write_and_read(s, u, y, key, q[at * width : (at + 1) * width], b[at], scale, width,
+                            depth)  # fmt: skip
 
 
 @jit
 def _dot(x, y, lanes):
-    """Sum of x * y, eight partial sums side by side (the compiler may not reorder one sum)."""
+    """Sum of x * y: sixteen sums side by side (the compiler may not reorder a single one)."""
     lanes[:] = 0
-    whole = x.size - x.size % 8
-    for i in range(0, whole, 8):
-        xi, yi = x[i : i + 8], y[i : i + 8]
-        for j in range(8):
+    whole = x.size - x.size % 16
+    for i in range(0, whole, 16):
+        xi, yi = x[i : i + 16], y[i : i + 16]
+        for j in range(16):
             lanes[j] += xi[j] * yi[j]
-    total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
-        (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
-    )
+    for j in range(8):
+        lanes[j] += lanes[j + 8]
+    for j in range(4):
+        lanes[j] += lanes[j + 4]
+    total = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
     for i in range(whole, x.size):
         total += x[i] * y[i]
     return total
 
 
 @jit
-def _token_backward(g, before, after, u, gu, lanes, q, k, b, gate, dout, at, scale, erase, width,
-                    depth, channels, dq, dk, dv, db, dgate):  # fmt: skip
-    """One token downwards; g is the gradient of S_t and becomes that of S_{t-1}."""
-    one, beta = g.dtype.type(1), b[at]
-    dy = dout[at * depth : (at + 1) * depth]
-    gu[:] = 0
-    for d in range(width):
-        row, line = g[d * depth : (d + 1) * depth], after[d * depth : (d + 1) * depth]
-        query, key = q[at * width + d] * scale, k[at * width + d]
-        dq[at * width + d] = scale * _dot(line, dy, lanes)
-        for e in range(depth):
-            row[e] += query * dy[e]
-            gu[e] += row[e] * key
-    db[at] = _dot(gu, u, lanes)
+def _step_again(before, after, u, k, v, beta, a, erase, lanes, width, depth):
+    """S_t from S_{t-1}, both as (E, D); u = v - S~^T k."""
     for e in range(depth):
-        gu[e] *= beta
-        dv[at * depth + e] = gu[e]
-    for d in range(width):
-        row, line = g[d * depth : (d + 1) * depth], before[d * depth : (d + 1) * depth]
-        a = gate[at * channels + d % channels] if channels > 0 else one
-        slope = beta * _dot(row, u, lanes)
-        if erase:
-            key = k[at * width + d]
-            slope -= a * _dot(line, gu, lanes)
-            for e in range(depth):
-                row[e] -= key * gu[e]
-        dk[at * width + d] = slope
-        if channels > 0:
-            dgate[at * channels + d % channels] += _dot(row, line, lanes)
-            for e in range(depth):
-                row[e] *= a
+        old, new = before[e * width : (e + 1) * width], after[e * width : (e + 1) * width]
+        for d in range(width):
+            new[d] = old[d] * a[d]
+        u[e] = v[e] - _dot(new, k, lanes) if erase else v[e]
+        factor = beta * u[e]
+        for d in range(width):
+            new[d] += factor * k[d]
+
+
+@jit
+def _token_backward(g, before, after, u, gu, lanes, q, k, beta, a, dout, scale, erase, width,
+                    depth, dq, dk, da):  # fmt: skip
+    """One token downwards; g, the gradient of S_t as (E, D), becomes that of S_{t-1}."""
+    for e in range(depth):
+        row, line = g[e * width : (e + 1) * width], after[e * width : (e + 1) * width]
+        factor = scale * dout[e]
+        for d in range(width):
+            row[d] += factor * q[d]
+            dq[d] += factor * line[d]
+        gu[e] = _dot(row, k, lanes)
+    for e in range(depth):
+        row, line = g[e * width : (e + 1) * width], before[e * width : (e + 1) * width]
+        gain, loss = beta * u[e], beta * gu[e]
+        loss = loss if erase else loss * 0
+        # two loops: the compiler gives up on one with too many arrays that might overlap
+        for d in range(width):
+            dk[d] += gain * row[d] - loss * (a[d] * line[d])
+        for d in range(width):
+            x = row[d] - loss * k[d]
+            da[d] += x * line[d]
+            row[d] = x * a[d]
+
+
+@jit
+def _turned(source, rows, columns, target):
+    """target (columns, rows) = source (rows, columns) transposed."""
+    for i in range(columns):
+        for j in range(rows):
+            target[i * rows + j] = source[j * columns + i]
 
 
 @jit
@@ -153,25 +176,39 @@ def _backward(first, last, q, k, v, b, gate, kept, dout, dstate, scale, erase, s
     area, segments = width * depth, (tokens + segment - 1) // segment
     kind = q.dtype
     states, us = np.empty((segment + 1) * area, kind), np.empty(segment * depth, kind)
-    gu, lanes = np.empty(depth, kind), np.empty(8, kind)
+    gu, lanes, g = np.empty(depth, kind), np.empty(16, kind), np.empty(area, kind)
+    a, da = np.empty(width, kind), np.empty(width, kind)
     for n in range(first, last):
-        g = dstate[n * area : (n + 1) * area]
+        _turned(dstate[n * area : (n + 1) * area], width, depth, g)
         for part in range(segments - 1, -1, -1):
-            start, end = part * segment, min(tokens, (part + 1) * segment)
+            start, end = n * tokens + part * segment, n * tokens + min(tokens, (part + 1) * segment)
             at = (n * segments + part) * area
-            states[:area] = kept[at : at + area]
-            for i in range(end - start):
-                s = states[(i + 1) * area : (i + 2) * area]
-                s[:] = states[i * area : (i + 1) * area]
-                _token(s, us[i * depth : (i + 1) * depth], q, k, v, b, gate,
-                       n * tokens + start + i, erase, width, depth, channels)  # fmt: skip
-            for i in range(end - start - 1, -1, -1):
+            _turned(kept[at : at + area], width, depth, states[:area])
+            for t in range(start, end):
+                i = t - start
+                _spread_gate(a, gate, t, channels, width)
+                _step_again(states[i * area : (i + 1) * area],
+                            states[(i + 1) * area : (i + 2) * area],
+                            us[i * depth : (i + 1) * depth], k[t * width : (t + 1) * width],
+                            v[t * depth : (t + 1) * depth], b[t], a, erase, lanes, width,
+                            depth)  # fmt: skip
+            for t in range(end - 1, start - 1, -1):
+                i = t - start
+                u, dkt, dqt = us[i * depth : (i + 1) * depth], dk[t * width :], dq[t * width :]
+                _spread_gate(a, gate, t, channels, width)
+                da[:], dkt[:width], dqt[:width] = 0, 0, 0
                 _token_backward(
                     g, states[i * area : (i + 1) * area], states[(i + 1) * area : (i + 2) * area],
-                    us[i * depth : (i + 1) * depth], gu, lanes, q, k, b, gate, dout,
-                    n * tokens + start + i, scale, erase, width, depth, channels, dq, dk, dv, db,
-                    dgate,
+                    u, gu, lanes, q[t * width : (t + 1) * width], k[t * width : (t + 1) * width],
+                    b[t], a, dout[t * depth : (t + 1) * depth], scale, erase, width, depth, dqt,
+                    dkt, da,
                 )  # fmt: skip
+                db[t] = _dot(gu, u, lanes)
+                for e in range(depth):
+                    dv[t * depth + e] = b[t] * gu[e]
+                for d in range(width if channels > 0 else 0):
+                    dgate[t * channels + (d if channels > 1 else 0)] += da[d]
+        _turned(g, depth, width, dstate[n * area : (n + 1) * area])
 
 
 def _spread(name, x, lead, inner, dtype, letters):
