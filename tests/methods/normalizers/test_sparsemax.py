@@ -23,6 +23,7 @@ EQUIVALENT = {
     "z - top >= -1.0": "a score exactly 1 below the best one has weight 0 either way",
     "z - top > -2.0": "scores between 1 and 2 below the best one have weight 0 either way",
     "np.where(near, z - top, -3.0)": "any filler of at most -1 stays outside of the support",
+    "np.where(good[..., None], z, 1.0)": "a row with NaN has loss NaN and no gradient anyway",
     "1.0 + n * ordered >= sum": "a score equal to tau changes neither tau nor the weights",
 }
 """Mutants of the method that compute the same, and why."""
