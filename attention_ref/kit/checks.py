@@ -184,7 +184,7 @@ def check_gradients(spec, case, kwargs):
     for name, g in pull(dout).items():
         close(f"d{name}, hand against tape", hand[name], g, bound, scale[name])
     for _ in range(3):
-        tangents = {k: rng.standard_normal(a.shape) for k, a in inputs.items()}
+        tangents = {k: rng.standard_normal(a.shape) * _size(a) for k, a in inputs.items()}
         want = sum(float(np.sum(hand[k] * t)) for k, t in tangents.items())
         size = sum(float(np.sum(np.abs(hand[k] * t))) for k, t in tangents.items())
         if "complex_step" not in spec.opt_out:
@@ -192,6 +192,12 @@ def check_gradients(spec, case, kwargs):
             close("hand against complex step, one direction", got, want, bound, size)
         got = _inner(dout, engine.difference(f, inputs, tangents))
         close("hand against differences, one direction", got, want, 1, size, DIFFERENCE_RTOL)
+
+
+def _size(a):
+    """Root mean square of an array, at most 1: steps of differences must suit small inputs."""
+    size = float(np.sqrt(np.mean(np.square(a)))) if a.size else 0.0
+    return size if 0 < size < 1 else 1.0
 
 
 def check_every_coordinate(spec, case, kwargs):
