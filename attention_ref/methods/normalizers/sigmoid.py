@@ -105,8 +105,8 @@ def sigmoid_forward(
     Notes
     -----
     The last leading axis of q is the head's. b counts all S keys, also in causal attention where
-    the first queries see few: their row sums are small. In the official code b is a
-    constant, 0 by default in the kernel. A model trained at length n and used at another keeps its n. What
+    the first queries see few: their row sums are small. In the official code b is a constant, 0
+    by default in the kernel. A model trained at length n and used at another keeps its n. What
     assumes rows that sum to 1 (rollout, entropy) does not apply.
 
     Source
