@@ -76,7 +76,8 @@ def softmax_forward(z, live, empty_row="zero"):
     live : bool ndarray, broadcast to (..., T, S)
         True = may attend.
     empty_row : {"zero", "nan", "uniform", "raise"}
-        A row without keys gets weights 0, or 1/S under "uniform".
+        A row that the mask leaves without keys gets weights 0, or 1/S under "uniform"; one whose
+        scores are all -inf gets weights 0.
 
     Returns
     -------
@@ -93,7 +94,7 @@ def softmax_forward(z, live, empty_row="zero"):
     total = np.where(empty, 1.0, total)
     p = np.where(live, e / total, 0.0)
     if empty_row == "uniform":
-        p = np.where(empty, 1.0 / max(z.shape[-1], 1), p)
+        p = np.where(np.any(live, axis=-1, keepdims=True), p, 1.0 / max(z.shape[-1], 1))
     lse = np.where(empty, -np.inf, top + np.log(total))
     return p, lse[..., 0]
 

@@ -57,7 +57,11 @@ class Spec:
     flags : frozenset of str
         Which generic relations apply (:mod:`attention_ref.kit.checks` lists them).
     tokens : dict
-        Further arguments with a token axis, and that axis, e.g. ``{"gate": -1}``.
+        Further arguments with a key axis, and that axis, e.g. ``{"b": -1}``; where it depends on
+        the call, a function of the keyword arguments.
+    visible : callable, optional
+        ``visible(kwargs) -> bool (..., T, S)``: who sees whom, where a pattern of the method's own
+        joins ``mask`` and ``causal``.
     opt_out : dict
         Check -> printed reason why it does not apply; at most two.
     reduces_to : tuple of Reduction
@@ -73,7 +77,8 @@ class Spec:
     claim: str
     verified_by: tuple[str, ...]
     flags: frozenset[str] = frozenset()
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int | Callable] = field(default_factory=dict)
+    visible: Callable | None = None
     opt_out: dict[str, str] = field(default_factory=dict)
     reduces_to: tuple[Reduction, ...] = ()
     forms: dict[str, Callable] = field(default_factory=dict)

@@ -24,6 +24,8 @@ scaled
     scores are scale * q.k: doubling q and halving the scale changes no bit
 shift_invariant
     adding one vector to all keys changes nothing
+positional
+    places count: a hidden key is not the same as a missing one
 no_foreign
     works on NumPy arrays only, by design (graph algorithms, generators)
 """
@@ -383,11 +385,11 @@ def check_causal(spec, case, kwargs):
     """Changing what lies ahead changes no bit; changing what may be seen changes the output."""
     if not (kwargs.get("causal") or "always_causal" in spec.flags):
         return
-    q, k = kwargs["q"], kwargs["k"]
-    live = visible(q, k, causal=True, align=kwargs.get("align", "lower_right"))
+    live = _live(spec, kwargs | {"causal": True, "mask": None})
+    live = live.reshape(-1, *live.shape[-2:]).any(axis=0)
     before = _out(spec, kwargs)["out"]
     rng = _rng(spec, case)
-    for s in range(k.shape[-2]):
+    for s in range(kwargs["k"].shape[-2]):
         changed = dict(kwargs)
         for name, axis in _tokens(spec, kwargs).items():
             if name != "q":
@@ -402,7 +404,19 @@ def check_causal(spec, case, kwargs):
 def _tokens(spec, kwargs):
     """Arguments with a token axis; the SPEC may name more than q, k, v."""
     known = {"q": -2, "k": -2, "v": -2} | spec.tokens
-    return {n: axis for n, axis in known.items() if isinstance(kwargs.get(n), np.ndarray)}
+    return {
+        n: axis(kwargs) if callable(axis) else axis
+        for n, axis in known.items()
+        if isinstance(kwargs.get(n), np.ndarray)
+    }
+
+
+def _live(spec, kwargs):
+    """Who sees whom under the call's options: the row's own pattern, or mask and causality."""
+    if spec.visible is not None:
+        return spec.visible(kwargs)
+    rule = {k: kwargs[k] for k in ("mask", "causal", "align") if k in kwargs}
+    return visible(kwargs["q"], kwargs["k"], **rule)
 
 
 def _redraw(rng, a, axis, place):
@@ -445,10 +459,10 @@ def check_query_order(spec, case, kwargs):
 
 def check_row_stochastic(spec, case, kwargs):
     """A constant value comes out unchanged, and no output leaves the range of the values."""
-    v = kwargs["v"]
     out = _out(spec, kwargs)["out"]
-    alive = _alive(kwargs)
-    flat = _out(spec, kwargs | {"v": np.ones_like(v) * 1.5})["out"]
+    v = _heads(kwargs["v"], out)
+    alive = np.any(_live(spec, kwargs), axis=-1, keepdims=True)
+    flat = _out(spec, kwargs | {"v": np.ones_like(kwargs["v"]) * 1.5})["out"]
     close("out for constant v", flat, np.where(alive, 1.5, 0.0) * np.ones_like(flat), 16.0)
     low = np.min(v, axis=-2, keepdims=True) - 1e-12
     high = np.max(v, axis=-2, keepdims=True) + 1e-12
@@ -458,10 +472,11 @@ def check_row_stochastic(spec, case, kwargs):
         raise CheckFailure("all outputs are equal: the check would pass for a constant")
 
 
-def _alive(kwargs):
-    """Rows with at least one key, shape (..., T, 1)."""
-    rule = {k: kwargs[k] for k in ("mask", "causal", "align") if k in kwargs}
-    return np.any(visible(kwargs["q"], kwargs["k"], **rule), axis=-1, keepdims=True)
+def _heads(v, out):
+    """Grouped values as every query head sees them."""
+    if v.ndim < 3 or out.ndim < 3 or v.shape[-3] == 1 or v.shape[-3] == out.shape[-3]:
+        return v
+    return np.repeat(v, out.shape[-3] // v.shape[-3], axis=-3)
 
 
 def check_linear_in_v(spec, case, kwargs):
@@ -499,7 +514,8 @@ def _agree(what, got, want, names, bound=ORDER_EPS):
 def check_batch(spec, case, kwargs):
     """A batch is its members one by one, heads included; a batch of size 0 gives size 0."""
     names = [*_tokens(spec, kwargs), *(n for n in ("mask", "bias") if kwargs.get(n) is not None)]
-    ranks = {n: kwargs[n].ndim - (2 if n not in spec.tokens else -spec.tokens[n]) for n in names}
+    axes = _tokens(spec, kwargs)
+    ranks = {n: kwargs[n].ndim - (-axes[n] if n in spec.tokens else 2) for n in names}
     lead = max(ranks.values(), default=0)
     if lead == 0 or "attention" not in spec.flags:
         return
@@ -516,6 +532,35 @@ def check_batch(spec, case, kwargs):
     found = _out(spec, none)["out"]
     if found.shape != (0, *whole.shape[1:]):
         raise CheckFailure(f"a batch of size 0 gave shape {found.shape}")
+
+
+def check_broadcast(spec, case, kwargs):
+    """Values with a leading axis of their own are mixed with the same weights; gradients sum."""
+    v = kwargs["v"]
+    if kwargs["q"].ndim < 3:
+        return  # the new axis would be one of heads
+    both = kwargs | {"v": np.stack([v, 2.0 * v - 1.0])}
+    out, cache = spec.call(both)
+    found = tree.flatten(out)["out"]
+    for i in range(2):
+        close(f"values {i} of two", found[i], _out(spec, kwargs | {"v": both["v"][i]})["out"], 8.0)
+    if spec.backward_function is None:
+        return
+    dout = tree.cotangents(_rng(spec, case), out)
+    gradients = spec.backward_function(dout, cache)
+    want = {n: 0.0 for n in gradients if n != "v"}
+    size = {n: 0.0 for n in want}
+    for i in range(2):
+        one, cache = spec.call(kwargs | {"v": both["v"][i]})
+        part = {n: a[i] for n, a in tree.floats(dout).items()}
+        for name, g in spec.backward_function(tree.like(one, part), cache).items():
+            if name == "v":
+                close(f"dv of values {i}", gradients["v"][i], g, ORDER_EPS)
+            else:
+                want[name] = want[name] + g
+                size[name] += float(np.max(np.abs(g), initial=0.0))
+    for name, g in want.items():
+        close(f"d{name} for two sets of values", gradients[name], g, ORDER_EPS, size[name])
 
 
 # ------------------------------------------------------------------------------ D: special values
@@ -558,7 +603,7 @@ def check_hidden_key(spec, case, kwargs):
         if name != "q" and np.any(np.take(gradients[name], hidden, axis=axis)):
             raise CheckFailure(f"d{name} of a hidden key is not zero")
     kept = [s for s in range(keys) if s != hidden]
-    if kwargs.get("bias") is None:
+    if kwargs.get("bias") is None and "positional" not in spec.flags:
         fewer = dict(kwargs)
         for name, axis in _tokens(spec, kwargs).items():
             if name != "q":
@@ -573,10 +618,9 @@ def _put(a, axis, place, value):
 
 
 def check_live_nan(spec, case, kwargs):
-    """A NaN or infinity that a query may see makes that row NaN alone, and it passes no gradient."""
-    rule = {k: kwargs[k] for k in ("mask", "causal", "align") if k in kwargs}
+    """A NaN or infinity that a query may see makes that row NaN alone and passes no gradient."""
     base = _out(spec, kwargs)["out"]
-    live = visible(kwargs["q"], kwargs["k"], **rule)
+    live = _live(spec, kwargs)
     live = np.broadcast_to(live, (*base.shape[:-1], kwargs["k"].shape[-2]))
     last = kwargs["k"].shape[-2] - 1
     query = np.zeros(live.shape[:-1], bool)
@@ -633,7 +677,8 @@ def check_empty_rows(spec, case, kwargs):
     if not np.all(np.isnan(found[..., 0, :])) or np.any(np.isnan(found[..., 1:, :])):
         raise CheckFailure("empty_row='nan' must give NaN in that row alone")
     found = _out(spec, plain | {"mask": mask, "empty_row": "uniform"})["out"]
-    mean = np.broadcast_to(np.mean(kwargs["v"], axis=-2), found[..., 0, :].shape)
+    mean = np.mean(_heads(kwargs["v"], found), axis=-2)
+    mean = np.broadcast_to(mean, found[..., 0, :].shape)
     close("empty_row='uniform'", found[..., 0, :], mean, 16.0)
     _refused(spec, plain | {"empty_row": "raise"}, "mask", mask, ParameterError)
 
@@ -781,6 +826,7 @@ NEEDS = {
     "scale": ("scaled",),
     "shift": ("shift_invariant",),
     "batch": ("attention",),
+    "broadcast": ("attention",),
     "all_true_mask": ("masked",),
     "hidden_key": ("masked",),
     "live_nan": ("attention",),

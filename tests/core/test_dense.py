@@ -27,6 +27,14 @@ def test_softmax_of_an_empty_row(rule, row):
     assert lse[0] == -np.inf and lse[1] == 1 + math.log(3)
 
 
+def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient():
+    """Under "uniform" too: the mean is for rows that the mask empties."""
+    z, live = np.array([[-np.inf, -np.inf]]), np.ones((1, 2), bool)
+    p, lse = core.softmax_forward(z, live, "uniform")
+    assert not np.any(p) and lse[0] == -np.inf
+    assert not np.any(core.softmax_backward(np.array([[1.0, 2.0]]), p, live))
+
+
 def test_softmax_of_no_keys_at_all():
     p, lse = core.softmax_forward(np.ones((2, 0)), np.ones((2, 0), bool))
     assert p.shape == (2, 0) and np.all(lse == -np.inf)

@@ -262,6 +262,7 @@ def test_a_wrong_form_is_caught():
 
 
 def test_every_flag_of_a_spec_is_known():
-    known = {flag for flags in checks.NEEDS.values() for flag in flags} | {"no_foreign"}
+    known = {flag for flags in checks.NEEDS.values() for flag in flags}
+    known |= {"no_foreign", "positional"}
     for key in attention_ref.keys():  # noqa: SIM118
         assert attention_ref.get(key).flags <= known, key

@@ -307,8 +307,6 @@ def _drawn(groups):
     return kwargs
 
 
-_PER_HEAD = "the check compares out head by head with v, here with v of the head's group; " \
-    "tests/methods/heads/test_multi_query.py does both"  # fmt: skip
 
 SPEC = core.Mechanism(
     key="heads/multi_query",
@@ -316,7 +314,6 @@ SPEC = core.Mechanism(
     backward=multi_query_backward,
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS),
-    opt_out={"row_stochastic": _PER_HEAD, "empty_rows": _PER_HEAD},
     reduces_to=(
         core.Reduction(
             key="scores/dot_product",

@@ -258,12 +258,11 @@ def _example(rng):
         "vg": rng.standard_normal((7, 3)), "bias": rng.standard_normal((5, 7)),
         "softcap": 1.7, "scale": core.examples.DEFAULT_SCALE,
     }  # fmt: skip
-    first, third = np.array([0]), np.array([3])
     windows = {
         "plain": (2, 1), "long-queries": (1, 2), "batch": (4, 0, 2), "no-heads": (4, 3, 2),
-        "causal": (2, None, 1, first), "causal-upper-left": (1, None), "mask": (2, 2),
+        "causal": (2, None, 1, np.array([0])), "causal-upper-left": (1, None), "mask": (2, 2),
         "causal-long-queries": (3, 2), "packed": (2, 1), "bias": (1, 1, 1, np.arange(6) == 2),
-        "softcap": (2, 1, 1, third), "global-projections": (2, 1, 1, np.array([3, 0])),
+        "softcap": (2, 1, 1, np.array([3])), "global-projections": (2, 1, 1, np.array([3, 0])),
     }  # fmt: skip
     for name, values in windows.items():
         kwargs = cases[name]
@@ -275,6 +274,15 @@ def _example(rng):
     return cases
 
 
+def _visible(kwargs):
+    given = {"left": None, "right": None, "dilation": 1, "global_tokens": None, "mask": None,
+             "causal": False, "align": "lower_right"} | kwargs  # fmt: skip
+    names = ("q", "k", "left", "right", "dilation", "global_tokens", "align")
+    near, chosen = _window(*(given[n] for n in names))
+    seen = near & core.visible(**{n: given[n] for n in ("q", "k", "mask", "causal", "align")})
+    return seen & ~chosen if "kg" in kwargs else seen  # global queries see kg and vg instead
+
+
 def _by_hand(mine):
     t, s = np.ogrid[2:7, :7]
     near = (s - t >= -4) & (s - t <= 3) & ((s - t) % 2 == 0)
@@ -284,15 +292,9 @@ def _by_hand(mine):
 
 SPEC = core.Mechanism(
     key="patterns/sliding_window",
-    forward=sliding_window_forward,
-    backward=sliding_window_backward,
-    example=_example,
-    flags=frozenset({"attention", "causal", "masked", "shift_invariant"}),
-    tokens={"kg": -2, "vg": -2},
-    opt_out={
-        "hidden_key": "without a key the others move: places count, not contents; own test",
-        "live_nan": "asks that every query sees the last key, the window hides it; own test",
-    },
+    forward=sliding_window_forward, backward=sliding_window_backward, example=_example,
+    flags=frozenset({"attention", "causal", "masked", "shift_invariant", "positional"}),
+    tokens={"kg": -2, "vg": -2}, visible=_visible,
     reduces_to=(
         core.Reduction(
             "scores/dot_product", "a window as wide as the sequence",
@@ -304,6 +306,6 @@ SPEC = core.Mechanism(
             lambda rng: _example(rng)["no-heads"] | {"global_tokens": np.array([1, 4])}, _by_hand,
         ),
     ),
-    claim="L layers of a causal window of W keys see exactly L (W - 1) + 1 tokens.",
     verified_by=("slow loop", "PyTorch"),
+    claim="L layers of a causal window of W keys see exactly L (W - 1) + 1 tokens.",
 )  # fmt: skip

@@ -149,7 +149,7 @@ def dot_product_backward(dout, cache, dlse=None):
         Under "q", "k", "v" and, when a bias was given, "bias".
     """
     q, k, v, capped, p, _, live, poison, scale, softcap, bias_shape = cache
-    core.check.cotangent(dout, (*p.shape[:-1], v.shape[-1]))
+    core.check.cotangent(dout, (*poison.shape[:-1], v.shape[-1]))
     dout = np.where(poison, 0.0, dout)
 
     dp, dv = core.mix_backward(dout, p, v)  # (5')
