@@ -45,6 +45,7 @@ def expect(name, x, shape, letters):
 
 def sum_to(dx, shape):
     """Sum a gradient back to the shape its argument had before broadcasting."""
-    dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
+    if dx.ndim > len(shape):
+        dx = dx.sum(axis=tuple(range(dx.ndim - len(shape))))
     wide = tuple(i for i, n in enumerate(shape) if n == 1 and dx.shape[i] != 1)
     return dx.sum(axis=wide, keepdims=True) if wide else dx

@@ -61,7 +61,9 @@ def _flat(x, lead, dtype):
     """(..., H, T, D) -> (N, H, T, D), leading axes broadcast."""
     x = _heads(x)
     inner = x.shape[-3:]
-    return prepare(np.broadcast_to(x, lead + inner).reshape(math.prod(lead), *inner), dtype)
+    if x.shape != lead + inner:
+        x = np.broadcast_to(x, lead + inner)  # read-only, so prepare copies it
+    return prepare(x.reshape(math.prod(lead), *inner), dtype)
 
 
 def _thin(name, x, lead, inner, dtype, q):

@@ -86,7 +86,7 @@ def _causal_tile(z, rows, first, step):
 
 
 @jit
-def _softmax_tile(z, rows, top, safe, total, alpha):
+def _softmax_tile(z, rows, top, safe, total, alpha, block):
     """Online softmax down the rows: z becomes p, the running maximum and sum move on."""
     zero, lowest = z.dtype.type(0), z.dtype.type(-np.inf)
     for x in range(LANES):
@@ -100,13 +100,15 @@ def _softmax_tile(z, rows, top, safe, total, alpha):
         top[x] = safe[x]
         safe[x] = safe[x] if safe[x] > lowest else zero
         alpha[x] = exp(old - safe[x])
-        total[x] *= alpha[x]
+        block[x] = zero
     for r in range(rows):
         row = z[r * LANES : (r + 1) * LANES]
         for x in range(LANES):
             p = exp(row[x] - safe[x])
             row[x] = p
-            total[x] += p
+            block[x] += p
+    for x in range(LANES):
+        total[x] = total[x] * alpha[x] + block[x]
 
 
 @jit
@@ -134,6 +136,18 @@ def _block(strides, n, h, t, s, keys_in_rows):
 
 
 @jit
+def _add_block(acc, part, alpha, a, start, width, terms, b):
+    """acc = alpha * acc + a^T b. The block is summed by itself first: the error of a sum grows
+    with the number of its terms, so two short sums err less than a long one."""
+    fill(part, width * LANES, 0)
+    multiply(a, start, 1, width, width, terms, b, part)
+    for d in range(width):
+        line, new = acc[d * LANES : (d + 1) * LANES], part[d * LANES : (d + 1) * LANES]
+        for x in range(LANES):
+            line[x] = line[x] * alpha[x] + new[x]
+
+
+@jit
 def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
                   causal, shift, out, lse):  # fmt: skip
     """128 queries of one head, from query t on."""
@@ -144,9 +158,8 @@ def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, size
     kind = q.dtype
     qt, acc = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
     z, slope = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
-    top, safe, total, alpha = (
-        np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
-    )  # fmt: skip
+    top, safe, total = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
+    alpha, block, part = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(acc.size, kind)
     load_lanes(q, row * width, width, lanes, scale, qt)
     fill(acc, depth * LANES, 0)
     fill(total, LANES, 0)
@@ -162,12 +175,8 @@ def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, size
                     cap, masks, biases)  # fmt: skip
         if causal and s + rows - 1 > t + shift:
             _causal_tile(z, rows, s - shift - t, 1)
-        _softmax_tile(z, rows, top, safe, total, alpha)
-        for e in range(depth):
-            line = acc[e * LANES : (e + 1) * LANES]
-            for x in range(LANES):
-                line[x] *= alpha[x]
-        multiply(v, (key_head * keys + s) * depth, 1, depth, depth, rows, z, acc)
+        _softmax_tile(z, rows, top, safe, total, alpha, block)
+        _add_block(acc, part, alpha, v, (key_head * keys + s) * depth, depth, rows, z)
     for x in range(lanes):
         lse[row + x] = top[x] + np.log(total[x])
     for x in range(LANES):
@@ -218,7 +227,8 @@ def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, 
     qt, dt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
     acc, slope = np.empty(width * LANES, kind), np.empty(ROWS * LANES, kind)
     z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
-    logs, deltas = np.empty(LANES, kind), np.empty(LANES, kind)
+    logs, deltas, ones = np.empty(LANES, kind), np.empty(LANES, kind), np.ones(LANES, kind)
+    part = np.empty(acc.size, kind)
     load_lanes(q, row * width, width, lanes, scale, qt)
     load_lanes(dout, row * depth, depth, lanes, kind.type(1), dt)
     load_lanes(lse, row, 1, lanes, kind.type(1), logs)
@@ -243,7 +253,7 @@ def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, 
                 dline[x] = -deltas[x]
         multiply(v, at * depth, depth, 1, rows, depth, dt, dz)
         _gradient_tile(z, dz, slope, cap, rows)
-        multiply(k, at * width, 1, width, width, rows, dz, acc)
+        _add_block(acc, part, ones, k, at * width, width, rows, dz)
     store_lanes(acc, width, lanes, scale, dq, row * width)
 
 
@@ -258,7 +268,8 @@ def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bia
     kt, vt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
     dkt, dvt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
     z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
-    slope = np.empty(ROWS * LANES, kind)
+    slope, ones = np.empty(ROWS * LANES, kind), np.ones(LANES, kind)
+    part = np.empty(max(width, depth) * LANES, kind)
     load_lanes(k, column * width, width, lanes, scale, kt)
     load_lanes(v, column * depth, depth, lanes, kind.type(1), vt)
     fill(dkt, width * LANES, 0)
@@ -282,7 +293,7 @@ def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bia
                 for x in range(LANES):
                     line[x] = exp(line[x] - log)
                     dline[x] = negative
-            multiply(dout, row * depth, 1, depth, depth, rows, z, dvt)
+            _add_block(dvt, part, ones, dout, row * depth, depth, rows, z)
             multiply(dout, row * depth, depth, 1, rows, depth, vt, dz)
             if biases[0] >= 0:
                 _gradient_tile(z, dz, slope, cap - cap, rows)
@@ -294,7 +305,7 @@ def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bia
                         dz[x] *= slope[x]
             else:
                 _gradient_tile(z, dz, slope, cap, rows)
-            multiply(q, row * width, 1, width, width, rows, dz, dkt)
+            _add_block(dkt, part, ones, q, row * width, width, rows, dz)
     store_lanes(dkt, width, lanes, scale, dk, column * width)
     store_lanes(dvt, depth, lanes, kind.type(1), dv, column * depth)
 

@@ -152,7 +152,9 @@ def sparsemax_rows(z, live=None):
     if not z.size:
         return p
     masked = live is not None
-    live = prepare(np.broadcast_to(live, z.shape) if masked else np.ones(1, bool), np.bool_)
+    if masked and live.shape != z.shape:
+        live = np.broadcast_to(live, z.shape)
+    live = prepare(live if masked else np.ones(1, bool), np.bool_)
     size = z.shape[-1]
     threads.share(_forward, z.size // size, 10 * z.size, prepare(z, dtype).ravel(), live.ravel(),
                   masked, size, p.ravel())  # fmt: skip

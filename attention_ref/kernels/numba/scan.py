@@ -212,9 +212,11 @@ def _backward(first, last, q, k, v, b, gate, kept, dout, dstate, scale, erase, s
 
 
 def _spread(name, x, lead, inner, dtype, letters):
-    """Broadcast to (*lead, *inner), flatten the leading axes; always a fresh or native array."""
+    """Broadcast to (*lead, *inner), flatten the leading axes; a copy only where it must be."""
     expect(name, x, lead + inner, letters)
-    return prepare(np.broadcast_to(x, lead + inner).reshape(math.prod(lead), *inner), dtype)
+    if x.shape != lead + inner:
+        x = np.broadcast_to(x, lead + inner)
+    return prepare(x.reshape(math.prod(lead), *inner), dtype)
 
 
 def _run(q, k, v, b, gate, state, scale, erase, names):
