@@ -69,6 +69,14 @@ def _parser():
     sub.add_argument("--backend", default="reference", help="reference, numba, cuda or auto")
     sub.add_argument("--seed", type=int, default=0, help="seed of the example")
     _golden_parser(add("golden", None, "golden vectors", json_too=False))
+    sub = add("check", _check, "compare a function of yours with a method")
+    sub.add_argument("target", metavar="FUNCTION", help="module:name, e.g. my_package.attention:forward")
+    sub.add_argument("--against", default="scores/dot_product", metavar="KEY")
+    sub.add_argument("--backward", help="module:name of its backward, for NumPy functions")
+    sub.add_argument("--framework", help="numpy, torch, jax or cupy (default: guessed)")
+    sub.add_argument("--layout", default="BHTD", help="BHTD or BTHD")
+    sub.add_argument("--align", help="its causal alignment: lower_right or upper_left")
+    sub.add_argument("--case", action="append", help="only this case (may be repeated)")
     sub = add("bench", _bench, "ratios against other libraries, in one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
     sub = add("new", _new, "write the stubs of a row", json_too=False)
@@ -271,6 +279,41 @@ def _run(args):
     for name, a in out.items():
         print(f"{name} {a.shape} {a.dtype}\n{np.array2string(a, precision=6, threshold=60)}")
     return 0
+
+
+def _load(path):
+    """The object behind module:name."""
+    import importlib
+
+    module, _, name = path.partition(":")
+    if not name:
+        raise ParameterError(f"function is {path!r}, expected module:name")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as failure:
+        raise ParameterError(f"function {path!r} cannot be loaded: {failure}") from None
+    finally:
+        sys.path.pop(0)
+    return found
+
+
+def _check(args):
+    from attention_ref import kit
+
+    report = kit.check(
+        _load(args.target),
+        args.against,
+        backward=_load(args.backward) if args.backward else None,
+        framework=args.framework,
+        layout=args.layout,
+        cases=args.case,
+        conventions={"align": args.align} if args.align else None,
+    )
+    print(report.to_json() if args.json else report)
+    return 0 if report.ok else 1
 
 
 def _golden_verify(args):

@@ -88,6 +88,25 @@ def test_golden_verify_and_export(capsys, tmp_path):
     assert (tmp_path / "scores" / "dot_product.npz").is_file()
 
 
+def test_check_exit_codes(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from attention_ref import get\nfrom attention_ref.kit import zoo\n"
+        "spec = get('scores/dot_product')\n"
+        "right, right_backward = spec.forward, spec.backward\n"
+        "wrong, wrong_backward = zoo.animal('mask inverted')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capsys, "check", "mine:right", "--backward", "mine:right_backward")
+    assert code == 0 and "conforms" in out
+    code, out, _ = call(
+        capsys, "check", "mine:wrong", "--backward", "mine:wrong_backward", "--json"
+    )
+    assert code == 1 and "inverted" in " ".join(json.loads(out)["named"])
+    for bad in ("mine", "mine:nothing", "no_such_module:f"):
+        code, _, err = call(capsys, "check", bad)
+        assert code == 2 and "error: function" in err
+
+
 def test_doctor(capsys):
     code, out, _ = call(capsys, "doctor", "--json")
     report = json.loads(out)
