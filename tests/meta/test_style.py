@@ -121,6 +121,8 @@ BACK = (
 FORMULAS = '"""Toy: x &(1), y & (2)."""\n\n\n'
 FILES = [
     ("length", METHOD, HEAD + "def _f(x):\n" + BODY * 41, HEAD + "def _f(x):\n" + BODY * 38),
+    ("length", METHOD, HEAD + "x = 1\n" * 148 + "def _numbat(x):\n    return x\n    x\n",
+     HEAD + "x = 1\n" * 147 + "def f_numba(x):\n    return x\n    x\n    x\n"),
     ("length", METHOD, HEAD + "x = 1\n" * 151, HEAD + "# words\n\n" * 100 + "x = 1\n" * 100),
     ("import", METHOD, HEAD + "import numba\n", HEAD + "def f():\n    import numba\n"),
     ("import", CORE, HEAD + "from scipy import special\n", HEAD + "import math\n"),

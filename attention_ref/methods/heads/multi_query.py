@@ -308,10 +308,49 @@ def _drawn(groups):
 
 
 
+def multi_query_numba(q, k, v, **options):
+    """The same call by the compiled dense pattern, which reads a key head once for its group.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`multi_query_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, T, E)
+        Outputs.
+    cache : NamedTuple
+        For :func:`multi_query_numba_backward`.
+    """
+    from attention_ref.kernels.numba import dense
+
+    return dense.forward(q, k, v, **options)
+
+
+def multi_query_numba_backward(dout, cache):
+    """Gradients of :func:`multi_query_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`multi_query_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    return dense.backward(dout, cache)
+
+
 SPEC = core.Mechanism(
     key="heads/multi_query",
     forward=multi_query_forward,
     backward=multi_query_backward,
+    numba=core.Backend(multi_query_numba, multi_query_numba_backward),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS),
     reduces_to=(

@@ -247,6 +247,43 @@ def delta_rule_chunked_forward(q, k, v, b, gate=None, state=None, *, scale=None,
     return Out(out, np.where(lost, np.nan, S)), None
 
 
+def delta_rule_numba(q, k, v, b, gate=None, state=None, *, scale=None):
+    """The same call by the compiled scan: one token after the other, the state in the cache.
+
+    Parameters
+    ----------
+    q, k, v, b, gate, state, scale
+        As in :func:`delta_rule_forward`.
+
+    Returns
+    -------
+    out, cache
+        As there.
+    """
+    from attention_ref.kernels.numba import scan
+
+    out, last, cache = scan.delta_forward(q, k, v, b, gate, state, scale=scale)
+    return Out(out, last), cache
+
+
+def delta_rule_numba_backward(dout, cache):
+    """Gradients of :func:`delta_rule_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`delta_rule_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import scan
+
+    return scan.delta_backward(dout.out, dout.state, cache)
+
+
 def _example(rng):
     def case(lead=(2,), T=5, D=4, E=3, **more):
         k = rng.standard_normal((*lead, T, D))
@@ -287,8 +324,8 @@ def _to_linear(says, kwargs, gradients, **more):
 
 SPEC = core.Mechanism(
     key="recurrent/delta_rule",
-    forward=delta_rule_forward,
-    backward=delta_rule_backward,
+    forward=delta_rule_forward, backward=delta_rule_backward,
+    numba=core.Backend(delta_rule_numba, delta_rule_numba_backward),
     example=_example,
     flags=frozenset({"always_causal", "scaled"}),
     tokens={"b": -1},

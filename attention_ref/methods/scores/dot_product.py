@@ -204,11 +204,49 @@ def dot_product_numba_backward(dout, cache, dlse=None):
     return dense.backward(dout, cache, dlse)
 
 
+def dot_product_cuda(q, k, v, **options):
+    """The same call by the CUDA text of the dense pattern, on float32 CuPy arrays.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`dot_product_numba`.
+
+    Returns
+    -------
+    out, cache
+        As there.
+    """
+    from attention_ref.kernels.cuda import dense
+
+    core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))
+    return dense.forward(q, k, v, **options)
+
+
+def dot_product_cuda_backward(dout, cache):
+    """Gradients of :func:`dot_product_cuda`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`dot_product_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.cuda import dense
+
+    return dense.backward(dout, cache)
+
+
 SPEC = core.Mechanism(
     key="scores/dot_product",
     forward=dot_product_forward,
     backward=dot_product_backward,
     numba=core.Backend(dot_product_numba, dot_product_numba_backward),
+    cuda=core.Backend(dot_product_cuda, dot_product_cuda_backward),
     example=core.examples.attention,
     flags=frozenset(core.SOFTMAX_FLAGS),
     claim=(
