@@ -29,8 +29,8 @@ You need to know softmax attention (``scores/dot_product``). Nothing is trained 
 #    b_j = b_{m(j)}, \quad m(j) = \max \{ l < j : a_l = w \}
 #        \quad\text{after r}                                            &(3)
 #
-# Only the bits of (3) can be predicted, so only they are judged: a model that always says 1 is right
-# half of the time, and whoever averages over all bits hides the failures among coin tosses.
+# Only the bits of (3) can be predicted, so only they are judged: a model that always says 1 is
+# right half of the time, and whoever averages over all bits hides the failures among coin tosses.
 
 import math
 
@@ -48,6 +48,7 @@ from attention_ref.methods.tasks.flip_flop import (
 
 tutorial = Tutorial(__file__)
 spec = attention_ref.get("tasks/flip_flop")
+LN2 = math.log(2)
 
 
 def text(tokens):
@@ -68,8 +69,8 @@ for p_i in (0.1, 0.8, 0.98):
 # %%
 # A solver that never fails
 # -------------------------
-# One bit of memory, one rule: after *write*, store. It needs a step for each token, and that is what
-# attention was invented to avoid.
+# One bit of memory, one rule: after *write*, store. It needs a step for each token, and that is
+# what attention was invented to avoid.
 
 for p_i in (0.1, 0.8, 0.98):
     sample = flip_flop_generate(rng, T=512, p_i=p_i, B=50)
@@ -88,8 +89,9 @@ for p_i in (0.1, 0.8, 0.98):
 #    o_j = \sum_{s<j} p_s\, y_s, \qquad \text{answer 1 when } o_j > 0.                    &(4)
 #
 # **Example.** ``w1 i0 i0 r?`` with :math:`e^c = 6` and :math:`a = 0`. The weights are in the
-# proportion :math:`6 : 1 : 1`, the output is :math:`(6 - 1 - 1)/8 = \tfrac12 > 0`, so the answer is 1:
-# right. With :math:`e^c = \tfrac32` it is :math:`(\tfrac32 - 2)/\tfrac72 = -\tfrac17`: wrong.
+# proportion :math:`6 : 1 : 1`, the output is :math:`(6 - 1 - 1)/8 = \tfrac12 > 0`, so the answer
+# is 1: right. With :math:`e^c = \tfrac32` it is :math:`(\tfrac32 - 2)/\tfrac72 = -\tfrac17`:
+# wrong.
 
 answer, mean = flip_flop_head(encode("w1i0i0r1"), c=math.log(6))
 tutorial.check("the output is 1/2", abs(mean[0, 3] - 1 / 2), 1e-15)
@@ -99,8 +101,8 @@ tutorial.check("with the smaller bonus it is -1/7", abs(mean[0, 3] + 1 / 7), 1e-
 # %%
 # How far does it reach?
 # ----------------------
-# **One write, no slope.** After the write come :math:`g` ignored pairs, the *gap*. At worst all their
-# bits are the opposite one: :math:`o \propto e^c - g`. So
+# **One write, no slope.** After the write come :math:`g` ignored pairs, the *gap*. At worst all
+# their bits are the opposite one: :math:`o \propto e^c - g`. So
 #
 # .. math:: \text{no sequence is answered wrongly while } g < e^c .                      \tag{5}
 #
@@ -108,19 +110,20 @@ tutorial.check("with the smaller bonus it is -1/7", abs(mean[0, 3] + 1 / 7), 1e-
 # errors become *common* only when :math:`\sqrt g \approx e^c`, that is :math:`g \approx e^{2c}`.
 # Either way the reach is exponential in :math:`c`. This looks good.
 #
-# **Two writes, no slope.** ``w1 w1 w0 r?``: all three have the same score, and the head takes a vote:
-# :math:`1`. Wrong, for every :math:`c`. Softmax over equal scores cannot know which came last.
+# **Two writes, no slope.** ``w1 w1 w0 r?``: all three have the same score, and the head takes a
+# vote: :math:`1`. Wrong, for every :math:`c`. Softmax over equal scores cannot know which came
+# last.
 #
-# **With a slope** each write weighs :math:`e^a` times as much as one that stands a pair earlier. All
-# earlier writes together weigh, relative to the last, at most
+# **With a slope** each write weighs :math:`e^a` times as much as one that stands a pair earlier.
+# All earlier writes together weigh, relative to the last, at most
 #
 # .. math:: \sum_{k \ge 1} e^{-ak} = \frac{1}{e^a - 1} \le 1
 #           \quad\Longleftrightarrow\quad a \ge \ln 2 .                                  \tag{6}
 #
 # **But the noise climbs too.** With :math:`a = \ln 2` the :math:`k`-th pair after the last write
-# weighs :math:`2^k`, where that write weighs :math:`e^c`. Suppose there is no earlier write to help or
-# to harm, and all bits of the noise are against us: they weigh
-# :math:`2 + 4 + \dots + 2^g = 2^{g+1} - 2`. The answer is right only while
+# weighs :math:`2^k`, where that write weighs :math:`e^c`. Suppose there is no earlier write to
+# help or to harm, and all bits of the noise are against us: they weigh :math:`2 + 4 + \dots + 2^g
+# = 2^{g+1} - 2`. The answer is right only while
 #
 # .. math:: 2^{g+1} - 2 < e^c
 #           \quad\Longleftrightarrow\quad g < \log_2(e^c + 2) - 1 \approx c / \ln 2 - 1 ,    \tag{7}
@@ -130,7 +133,7 @@ tutorial.check("with the smaller bonus it is -1/7", abs(mean[0, 3] + 1 / 7), 1e-
 
 answer, _ = flip_flop_head(encode("w1w1w0r0"), c=10.0)
 print("w1w1w0r? without slope:", text(answer[0])[-1], " with slope ln 2:", end=" ")
-answer, _ = flip_flop_head(encode("w1w1w0r0"), c=10.0, slope=math.log(2))
+answer, _ = flip_flop_head(encode("w1w1w0r0"), c=10.0, slope=LN2)
 print(text(answer[0])[-1])
 
 
@@ -145,7 +148,7 @@ def reach_at_worst(c, slope):
 
 
 for c in (1.0, 2.0, 3.0, 4.0):
-    flat, steep = reach_at_worst(c, 0.0), reach_at_worst(c, math.log(2))
+    flat, steep = reach_at_worst(c, 0.0), reach_at_worst(c, LN2)
     tutorial.check(f"(5) for c = {c}: {flat} pairs", flat - math.floor(math.exp(c)), 0)
     bound = math.ceil(math.log2(math.exp(c) + 2) - 1) - 1
     tutorial.check(f"(7) for c = {c}: {steep} pairs", abs(steep - bound), 0)
@@ -161,9 +164,9 @@ for c in (1.0, 2.0, 3.0, 4.0):
 BONUSES = (2.0, 3.0, 4.0, 5.0)
 tutorial.claim(
     spec.claim,
-    criterion="on each of three seeds, for c = 2, 3, 4, 5: (a) without slope and with one write, no "
-    "error at gaps below e^c, and ln G grows by at least 1 a unit of c on average; (b) the same rate "
-    "with slope ln 2 on sequences with many writes; (c) the two-state machine makes no error. "
+    criterion="on each of three seeds, for c = 2, 3, 4, 5: (a) without slope and with one write, "
+    "no error at gaps below e^c, and ln G grows by at least 1 a unit of c on average; (b) the same "
+    "rate with slope ln 2 on sequences with many writes; (c) the two-state machine makes no error. "
     "All three: reproduced; (a) and (c) only: partly; else not reproduced",
 )
 
@@ -186,7 +189,7 @@ running = math.exp(1.5) * sign[:, :1] + np.cumsum(sign[:, 1:-1], axis=1)
 tutorial.check("signs of running sum and head", np.sum((running > 0) != (mean[:, 2:] > 0)), 0)
 
 
-def many_writes(rng, c, samples, slope=math.log(2)):
+def many_writes(rng, c, samples, slope=LN2):
     """Gap and failure of every read in sequences of the language."""
     sample = flip_flop_generate(rng, T=256, p_i=0.9, B=samples)
     answer, _ = flip_flop_head(sample.tokens, c=c, slope=slope)
@@ -240,10 +243,10 @@ if not tutorial.quick:
 
 # %%
 # The claim holds for a head that may rely on there being one write. As soon as it must find the
-# *last* of several, the slope eats the bonus, and the reach is that of (7), a few pairs more for each
-# unit of :math:`c`. A real model sits between the two: its scores are bounded, its notion of "last" is
-# soft, and which of the two failures shows depends on the sequence. That is what a *glitch* looks
-# like from outside.
+# *last* of several, the slope eats the bonus, and the reach is that of (7), a few pairs more for
+# each unit of :math:`c`. A real model sits between the two: its scores are bounded, its notion of
+# "last" is soft, and which of the two failures shows depends on the sequence. That is what a
+# *glitch* looks like from outside.
 #
 # The figure
 # ----------
@@ -260,13 +263,13 @@ if not tutorial.quick:
         left.plot(points, curve, color=colour, label=f"c = {c:.0f}")
         left.plot([math.exp(c)], [0], "v", color=colour, clip_on=False, markersize=7)
         tokens = flip_flop_generate(rng, T=30, p_i=1.0, B=4000).tokens
-        answer, mean = flip_flop_head(tokens, c=c, slope=math.log(2))
+        answer, mean = flip_flop_head(tokens, c=c, slope=LN2)
         wrong = np.mean(answer[:, 3::2] != tokens[:, 1:2], axis=0)
         middle.plot(np.arange(len(wrong)), wrong, "o-", color=colour, markersize=3)
     left.set_xscale("log")
     left.legend(loc="upper left")
-    left.set(title="No slope, one write", xlabel="gap (ignored pairs); triangles: $e^c$", ylim=(0, 0.55),
-             ylabel="share of wrong answers")  # fmt: skip
+    left.set(title="No slope, one write", xlabel="gap (ignored pairs); triangles: $e^c$",
+             ylim=(0, 0.55), ylabel="share of wrong answers")  # fmt: skip
     middle.set_xticks(range(0, 14, 2))
     middle.set(title=r"Slope $\ln 2$", xlabel="gap (ignored pairs)", ylim=(0, 0.55))
     dense = np.linspace(2, 5, 50)
@@ -289,9 +292,9 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this score yourself.** Give the slope to the writes only: :math:`z_s = [a_s = w](c + a s)`
-# and 0 for everything else. Which of (5), (6), (7) change? Fill in the function; it is tried on
-# sequences of the language with long gaps.
+# **1. Write this score yourself.** Give the slope to the writes only: :math:`z_s = [a_s = w](c + a
+# s)` and 0 for everything else. Which of (5), (6), (7) change? Fill in the function; it is tried
+# on sequences of the language with long gaps.
 
 
 def my_score(write, place, c, slope):
@@ -299,7 +302,7 @@ def my_score(write, place, c, slope):
     return None
 
 
-def grade(score, c=5.0, slope=math.log(2)):
+def grade(score, c=5.0, slope=LN2):
     """Share of wrong reads of a head with that score, or None."""
     sample = flip_flop_generate(np.random.default_rng(7), T=120, p_i=0.9, B=60)
     word, bits = sample.tokens[:, 0::2], sample.tokens[:, 1::2]
@@ -319,10 +322,10 @@ print("exercise 1: waits for you" if share is None else f"exercise 1: wrong {sha
 print(f"exercise 1: the head of (4) is wrong in {grade(lambda w, s, c, a: c * w + a * s):.1%}")
 
 # %%
-# **2. Bounded scores must fail.** Let all scores lie between :math:`-M` and :math:`M`. Show that the
-# weight of the last write is at most :math:`e^{2M} / (e^{2M} + g)`, so that *every* such head, trained
-# or not, is wrong on some sequence with :math:`g > e^{2M}`. How large must :math:`M` be for
-# :math:`g = 10^6`?
+# **2. Bounded scores must fail.** Let all scores lie between :math:`-M` and :math:`M`. Show that
+# the weight of the last write is at most :math:`e^{2M} / (e^{2M} + g)`, so that *every* such head,
+# trained or not, is wrong on some sequence with :math:`g > e^{2M}`. How large must :math:`M` be
+# for :math:`g = 10^6`?
 
 print(f"exercise 2: M = {math.log(1e6) / 2:.2f} nats")
 single = encode("w1" + "i0" * 20 + "r1")
