@@ -261,6 +261,32 @@ def test_a_wrong_form_is_caught():
     assert not checks.run_one(spec, "forms", "plain", checks.cases(spec)["plain"]).ok
 
 
+def test_a_wrong_form_of_a_policy_is_caught():
+    """Indices are compared too, not only numbers with a point."""
+    policy = attention_ref.get("cache/streaming_sinks")
+
+    def form(length, *, sinks, window):
+        return policy.select(length, sinks=sinks + 1, window=window - 1)
+
+    spec = dataclasses.replace(policy, forms={"walk": form})
+    kwargs = checks.cases(policy)["plain"]
+    assert checks.run_one(policy, "forms", "plain", kwargs).ok
+    assert not checks.run_one(spec, "forms", "plain", kwargs).ok
+
+
+def test_an_edit_of_maps_that_takes_any_mask_is_caught():
+    row = attention_ref.get("steering/attention_calibration")
+    kwargs = checks.cases(row)["plain"]
+
+    def edit(p, *, beta=0.4, alpha=5.0, threshold=None, heads=None, mask=None, causal=True,
+             align="lower_right"):  # fmt: skip
+        return row.edit(p, beta=beta, alpha=alpha, threshold=threshold, align=align)
+
+    spec = dataclasses.replace(row, edit=edit)
+    assert checks.run_one(row, "bad_input", "plain", kwargs).ok
+    assert "mask" in checks.run_one(spec, "bad_input", "plain", kwargs).message
+
+
 def test_every_flag_of_a_spec_is_known():
     known = {flag for flags in checks.NEEDS.values() for flag in flags}
     known |= {"no_foreign", "positional"}
