@@ -70,7 +70,9 @@ def _parser():
     sub.add_argument("--seed", type=int, default=0, help="seed of the example")
     _golden_parser(add("golden", None, "golden vectors", json_too=False))
     sub = add("check", _check, "compare a function of yours with a method")
-    sub.add_argument("target", metavar="FUNCTION", help="module:name, e.g. my_package.attention:forward")
+    sub.add_argument(
+        "target", metavar="FUNCTION", help="module:name, e.g. my_package.attention:forward"
+    )
     sub.add_argument("--against", default="scores/dot_product", metavar="KEY")
     sub.add_argument("--backward", help="module:name of its backward, for NumPy functions")
     sub.add_argument("--framework", help="numpy, torch, jax or cupy (default: guessed)")
@@ -376,17 +378,39 @@ def _golden_calibrate(args):
 
 
 def _bench(args):
+    import datetime
+    import importlib.metadata
+    import platform
+
     from attention_ref.kernels.bench import run_benchmarks
 
     rows = run_benchmarks(quick=args.quick)
     if args.json:
-        _print_json(rows)
+        packages = [p for p in ("numpy", "numba", "torch", "entmax") if _version(p)]
+        _print_json(
+            {
+                "date": datetime.date.today().isoformat(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "versions": {p: importlib.metadata.version(p) for p in packages},
+                "rows": rows,
+            }
+        )
     else:
         shown = [
             {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
         ]
         _table(shown, list(shown[0]) if shown else ["pattern"])
     return 0
+
+
+def _version(package):
+    """The installed version of a package, or None."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _new(args):
@@ -401,18 +425,11 @@ def _new(args):
 
 
 def _doctor(args):
-    import importlib.metadata
     import platform
 
     from attention_ref import __version__
     from attention_ref.core.registry import catalog, written
     from attention_ref.kit.golden import checkout
-
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
     optional = ("torch", "jax", "entmax", "onnx", "cupy-cuda12x", "cupy-cuda13x", "mpi4py",
                 "sphinx", "scikit-learn", "tqdm", "hypothesis", "pytest")  # fmt: skip
@@ -420,8 +437,8 @@ def _doctor(args):
         "attention_ref": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "needed": {p: version(p) for p in ("numpy", "scipy", "numba", "matplotlib")},
-        "optional": {p: version(p) for p in optional},
+        "needed": {p: _version(p) for p in ("numpy", "scipy", "numba", "matplotlib")},
+        "optional": {p: _version(p) for p in optional},
         "gpu": _gpu(),
         "methods": f"{len(written())} of {len(catalog())} rows have a method file",
         "checkout": checkout() is not None,

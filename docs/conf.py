@@ -72,10 +72,11 @@ suppress_warnings = ["config.cache"]
 
 
 class _Section:
-    """``Source`` is a section of our docstrings that numpydoc does not know."""
+    """``Source`` is a section that numpydoc does not know, and bars are moduli."""
 
     @staticmethod
     def rename(app, what, name, obj, options, lines):
+        lines[:] = pages.prose(lines)
         for i, line in enumerate(lines[:-1]):
             if line == "Source" and set(lines[i + 1]) == {"-"}:
                 lines[i : i + 2] = [".. rubric:: Source", ""]

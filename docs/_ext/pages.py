@@ -85,7 +85,7 @@ def family_page(family, keys):
 
     from attention_ref.core.registry import catalog
 
-    text = inspect.getdoc(importlib.import_module(f"attention_ref.methods.{family}")) or ""
+    text = about(importlib.import_module(f"attention_ref.methods.{family}"))
     page = f".. _family-{family}:\n\n" + heading(family) + text + "\n\n"
     page += ".. toctree::\n   :maxdepth: 1\n\n"
     page += "".join(f"   {k.split('/')[1]}\n" for k in keys)
@@ -106,8 +106,8 @@ def method_page(key, spec, row):
     page += f"``{key}`` · {row['kind']} · :ref:`grade {row['grade']} <grades>`"
     page += f" · verified by {', '.join(spec.verified_by)}\n\n"
     if spec.reconstruction:
-        page += f".. admonition:: Reconstruction\n\n   {spec.reconstruction}\n\n"
-    page += spaced(inspect.getdoc(module)) + "\n\n" + reference(row) + measured(key)
+        page += f".. admonition:: Reconstruction\n\n   {prose([spec.reconstruction])[0]}\n\n"
+    page += about(module) + "\n\n" + reference(row) + measured(key)
     page += code_side_by_side(spec) + called(module, spec) + identities(spec) + parts(key, spec)
     return page
 
@@ -115,6 +115,28 @@ def method_page(key, spec, row):
 def spaced(text):
     """Room between a formula and its number, which stands in the next column of the alignment."""
     return re.sub(r"&\s*\((\d+'*)\)", r"&\\qquad(\1)", text)
+
+
+def prose(lines):
+    """Bars in running text are moduli, not the substitutions that reST would look for."""
+    out, deep = [], None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if deep is not None and line.strip() and indent <= deep:
+            deep = None
+        if deep is None and not line.lstrip().startswith((">>>", "...", "|", "+")):
+            spans = re.split(r"(`+[^`]*`+)", line)
+            spans[::2] = [re.sub(r"(?<!\\)\|", r"\\|", span) for span in spans[::2]]
+            line = "".join(spans)
+        if deep is None and (line.strip().startswith(".. math::") or line.rstrip().endswith("::")):
+            deep = indent
+        out.append(line)
+    return out
+
+
+def about(module):
+    """A module's docstring, ready for a page."""
+    return spaced("\n".join(prose((inspect.getdoc(module) or "").splitlines())))
 
 
 def reference(row):
@@ -139,7 +161,8 @@ def measured(key):
     page += f".. figure:: {'../' * (key.count('/') + 2)}figures/{key}.svg\n   :alt: {title}\n\n"
     page += f"   Made by :doc:`the tutorial </gallery/{key}>`.\n\n"
     if found.get("verdict"):
-        page += f"Claim\n   {found['claim']}\nCriterion\n   {found['criterion']}\n"
+        said = prose([found["claim"], found["criterion"]])
+        page += f"Claim\n   {said[0]}\nCriterion\n   {said[1]}\n"
         paper = found.get("paper")
         page += f"Paper\n   {'gives no number' if paper is None else paper}\n"
         page += f"Verdict\n   **{found['verdict']}** ({found['date']}, three seeds, "
@@ -187,7 +210,7 @@ def identities(spec):
         return ""
     page = heading("Identities and forms", "-")
     for r in spec.reduces_to:
-        page += f"- {r.says}: :doc:`/methods/{r.key}`\n"
+        page += f"- {prose([r.says])[0]}: :doc:`/methods/{r.key}`\n"
     for name in spec.forms:
         page += f"- form: {name}\n"
     return page + "\n"
@@ -232,10 +255,10 @@ def gallery():
         family, slug = path.parent.name, path.stem
         kept.add(f"{family}/{slug}")
         name = f"attention_ref.methods.{family}"
-        about = ""
+        text = ""
         if importlib.util.find_spec(name) is not None:
-            about = inspect.getdoc(importlib.import_module(name)) or ""
-        write(STAGED / family / "GALLERY_HEADER.rst", heading(family) + about + "\n")
+            text = about(importlib.import_module(name))
+        write(STAGED / family / "GALLERY_HEADER.rst", heading(family) + text + "\n")
         write(STAGED / family / f"{slug}.py", staged(path, f"{family}/{slug}"))
     for path in STAGED.glob("*/*.py"):
         if f"{path.parent.name}/{path.stem}" not in kept:
@@ -289,6 +312,11 @@ def tables():
     head = ("method", "agreed before it was written", "bounds in float64, eps", "in float32, eps")
     write(METHODS / "bounds.inc", table(head, rows))
 
+    from attention_ref.kit import zoo
+
+    rows = [(f"``{bug}``", "output", says) for bug, says in zoo.FORWARD.items()]
+    rows += [(f"``{bug}``", "gradients", says) for bug, says in zoo.BACKWARD.items()]
+    write(METHODS / "zoo.inc", table(("animal", "shows in", "what the report says"), rows))
     write(METHODS / "course.inc", course())
     write(METHODS / "benchmarks.inc", benchmarks())
 
