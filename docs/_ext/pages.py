@@ -83,7 +83,7 @@ def methods():
 def family_page(family, keys):
     import importlib
 
-    from attention_ref.core.registry import catalog
+    from attention_ref.core.registry import catalog, get
 
     text = about(importlib.import_module(f"attention_ref.methods.{family}"))
     page = f".. _family-{family}:\n\n" + heading(family) + text + "\n\n"
@@ -92,7 +92,8 @@ def family_page(family, keys):
     page += "\n.. list-table::\n   :header-rows: 1\n\n   * - method\n     - kind\n     - verdict\n"
     for key in keys:
         row, found = catalog()[key], result(key)
-        page += f"   * - :doc:`{row['title']} <{key.split('/')[1]}>`\n     - {row['kind']}\n"
+        name = short_name(inspect.getmodule(get(key).main), row)
+        page += f"   * - :doc:`{name} <{key.split('/')[1]}>`\n     - {row['kind']}\n"
         page += f"     - {found['verdict'] if found else 'not measured yet'}\n"
     return page
 
@@ -101,7 +102,7 @@ def method_page(key, spec, row):
     """The page of one method."""
     module = inspect.getmodule(spec.main)
     mark = " (reconstruction)" if spec.reconstruction or row["grade"] == "D" else ""
-    name = row.get("name") or row["title"]
+    name = short_name(module, row)
     page = f".. _method-{key.replace('/', '-')}:\n\n" + heading(name + mark)
     page += f"``{key}`` · {row['kind']} · :ref:`grade {row['grade']} <grades>`"
     page += f" · verified by {', '.join(spec.verified_by)}\n\n"
@@ -110,6 +111,12 @@ def method_page(key, spec, row):
     page += about(module) + "\n\n" + reference(row) + measured(key)
     page += code_side_by_side(spec) + called(module, spec) + identities(spec) + parts(key, spec)
     return page
+
+
+def short_name(module, row):
+    """What comes before the colon in the first line of the method's docstring."""
+    first = (inspect.getdoc(module) or "").split("\n")[0]
+    return first.split(":")[0] if ":" in first else row.get("name") or row["title"]
 
 
 def spaced(text):
