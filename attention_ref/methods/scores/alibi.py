@@ -84,7 +84,7 @@ def slopes_forward(m, q, lead):
 
 
 def distance_forward(q, k, align):
-    """|t + a - s| in the dtype of q, shape (T, S): tokens between each query and each key.
+    """``|t + a - s|`` in the dtype of q, shape (T, S): tokens between each query and each key.
 
     Parameters
     ----------
@@ -171,7 +171,7 @@ def alibi_forward(
     Notes
     -----
     The paper is causal and says nothing of keys ahead; without ``causal`` they count by the same
-    |d|, as bidirectional models do. The official code and BLOOM add + m s instead, which differs
+    ``|d|``, as bidirectional models do. The official code and BLOOM add + m s instead, which differs
     by a constant of the row where causal and gives the same weights, another ``lse``. The bias is
     not multiplied by the scale. It comes after the softcap; some kernels add it before. Positions
     are places in the array: left padding must not be counted by s from a mask. The slopes are

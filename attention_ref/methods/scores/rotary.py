@@ -192,8 +192,8 @@ def rotary_forward(
     v : ndarray, shape (..., S, E)
         Values; they are not turned.
     pos_q, pos_k : ndarray, shapes (..., T) and (..., S), optional
-        Positions, real numbers. By default the places 0 ... S - 1 of the keys, and of the queries
-        as ``align`` says; leading axes broadcast with those of q and k.
+        Positions, real numbers, in the dtype of q. By default the places 0 ... S - 1 of the keys,
+        and of the queries as ``align`` says; leading axes broadcast with those of q and k.
     base : float, > 1
         Ratio between the fastest frequency, 1, and the one that would come after the slowest.
     R : int, even, channels, optional
@@ -251,7 +251,8 @@ def rotary_forward(
     ramp (``truncate``), gpt-oss does not. YaRN puts mu into cos and sin, so scores grow by its
     square; DeepSeek puts the square into the scale. All of them bound the end of the ramp by
     R - 1, although there are only R/2 pairs. A position that is not finite counts as a key (or
-    query) that is not finite.
+    query) that is not finite. In float32 fast angles at position 10^6 are off by up to 0.06
+    radians, in float64 by 10^-10.
 
     Source
     ------
