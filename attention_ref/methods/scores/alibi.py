@@ -171,11 +171,11 @@ def alibi_forward(
     Notes
     -----
     The paper is causal and says nothing of keys ahead; without ``causal`` they count by the same
-    ``|d|``, as bidirectional models do. The official code and BLOOM add + m s instead, which differs
-    by a constant of the row where causal and gives the same weights, another ``lse``. The bias is
-    not multiplied by the scale. It comes after the softcap; some kernels add it before. Positions
-    are places in the array: left padding must not be counted by s from a mask. The slopes are
-    fixed in the paper, but when m is given it has a gradient.
+    distance, as bidirectional models do. The official code and BLOOM add + m s instead: under a
+    causal mask that differs by a constant of the row and gives the same weights, but another
+    ``lse``. The bias is not multiplied by the scale. It comes after the softcap; some kernels add
+    it before. Only differences of places count, so left padding needs a mask and nothing else.
+    The slopes are fixed in the paper; when m is given it has a gradient.
 
     Source
     ------
