@@ -102,7 +102,8 @@ def rerun(key, root=ROOT):
     root, was = Path(root), stale(key, root)
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = os.environ | {
+        # Small matrices: threads of the linear algebra library only wait for one another.
+        environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ | {
             "ATTENTION_REF_FIGURES": folder, "ATTENTION_REF_QUICK": "", "PYTHONPATH": path,
         }  # fmt: skip
         command = [sys.executable, str(root / "tutorials" / f"{key}.py")]

@@ -146,7 +146,7 @@ tutorial.claim(
     spec.claim,
     criterion="on each of three seeds, 100 maps with the default beta and alpha: (a) Z is exactly "
     "the late sink in at least 95 % of the maps; (b) the share of late queries for which an "
-    "informative key outweighs the late sink rises from below 50 % to above 90 %; (c) rows keep "
+    "informative key outweighs the late sink rises from below 10 % to above 90 %; (c) rows keep "
     "their sums within 1e-14. All three: reproduced; (c) and one other: partly",
 )
 
@@ -201,7 +201,7 @@ for seed in range(3):
     records.append(record)
     before, after = (record[f"outweighs the sink, {name}"] for name in ("before", "after"))
     held.append(
-        (record["Z is the late sink"] >= 0.95, before < 0.5 and after > 0.9, change < 1e-14)
+        (record["Z is the late sink"] >= 0.95, before < 0.1 and after > 0.9, change < 1e-14)
     )
 found, ranked, kept = np.all(held, axis=0)
 verdict = "not reproduced"
@@ -215,7 +215,10 @@ tutorial.measured(ours=records, verdict=verdict, tolerance=0.1)
 # The edit knows nothing about meaning. To it a sink is a column that is heavy *for all queries*.
 # In our first version of this experiment the two informative keys were the same for every query,
 # as the subject of a text may be. Then they are heavy columns too, and the edit takes weight from
-# them as from the sink:
+# them as from the sink. That version failed its criterion; the maps above belong to the second
+# one, with the thresholds of (b) as they were. Before the edit an informative key outweighs the
+# sink for one late query in five, not for less than one in ten as (b) asks: hence *partly*, though
+# all that the claim says about the edit itself holds. The first version again:
 
 shared, _ = measure(np.random.default_rng(0), "shared")
 for name, value in shared.items():
