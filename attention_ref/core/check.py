@@ -225,7 +225,8 @@ def _broadcasts(name, x, shape, axes):
         fits = False
     if not fits:
         hint = f"expected to broadcast to {tuple(shape)}, that is {axes}"
-        if len(got) >= 2 and got[-2:] == (shape[-1], shape[-2]) and got[-2] != got[-1]:
+        turned = len(got) > 1 and got[-2:] == tuple(shape[-1:-3:-1]) and got[-2] != got[-1]
+        if turned:
             hint += "; hint: it looks transposed, rows are queries and columns are keys"
         raise ShapeError(f"{name} has shape {got}, {hint}")
 

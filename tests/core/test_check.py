@@ -90,8 +90,11 @@ def test_masks():
         check.check_mask(np.zeros((2, 3)), (2, 3))
     with pytest.raises(DTypeError, match="may attend"):
         check.check_mask(np.zeros((2, 3), int), (2, 3))
-    with pytest.raises(ShapeError, match="expected to broadcast"):
-        check.check_mask(np.ones((5, 2, 3), bool), (2, 3))
+    for given, full in (((5, 2, 3), (2, 3)), ((2, 2), (2,)), ((2,), ())):
+        with pytest.raises(ShapeError, match="expected to broadcast"):
+            check.check_mask(np.ones(given, bool), full)
+    with pytest.raises(ShapeError, match="looks transposed"):
+        check.check_mask(np.ones((3, 2), bool), (4, 2, 3))
 
 
 @pytest.mark.parametrize(

@@ -282,8 +282,7 @@ SPEC = core.Mechanism(
     forward=alibi_forward,
     backward=alibi_backward,
     example=_example,
-    flags=frozenset(core.SOFTMAX_FLAGS) - {"permutation_equivariant"},
-    opt_out={"hidden_key": "without a key the others move: places count; own test"},
+    flags=frozenset(core.SOFTMAX_FLAGS) - {"permutation_equivariant"} | {"positional"},
     reduces_to=(
         core.Reduction("scores/dot_product", "slopes 0 are no bias", _flat, _without),
         core.Reduction("scores/dot_product", "causal: the bias + m s alone", _steep, _key_side),
