@@ -194,7 +194,8 @@ def _pytest(paths):
         counts = {}
         for case in ElementTree.parse(xml).getroot().iter("testcase"):
             parts = case.get("classname", "").split(".")
-            slug = next((i for i, p in enumerate(parts) if p.startswith("test_")), -1)
+            named = [i for i, p in enumerate(parts) if p.startswith("test_")]
+            slug = named[-1] if named else len(parts) - 1
             name = "/".join(parts[slug - 1 : slug + 1]) + ".py"
             entry = counts.setdefault(
                 name, {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
