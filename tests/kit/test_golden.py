@@ -180,6 +180,13 @@ def test_a_wrong_gradient_is_not_written(tmp_path):
     assert not list(tmp_path.rglob("*"))
 
 
+def test_functions_among_the_arguments_are_named_in_the_manifest():
+    assert golden._option(np.tanh) == "tanh" and golden._option(0.5) == 0.5
+    golden._same_inputs("plain", {"f": np.tanh}, {}, {"options": {"f": "tanh"}})
+    with pytest.raises(CheckFailure, match="option f of plain changed"):
+        golden._same_inputs("plain", {"f": np.cosh}, {}, {"options": {"f": "tanh"}})
+
+
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         golden.write(SPEC, tmp_path / name, force=True, seeds=1)
