@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 
 
 _ATTENTION = (
-    'q, k, v, *, mask=None, causal=False, align="lower_right", scale=None,\n'
+    'q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,\n'
     '    bias=None, empty_row="zero",'
 )
 _MECHANISM = (
@@ -129,6 +129,7 @@ def method_text(key, entry):
         "backward": Template(_BACKWARD).substitute(slug=slug, main=main) if kind.backward else "",
         "backward_field": f"    backward={slug}_backward,\n" if kind.backward else "",
         "example": "core.examples.attention" if kind.spec == "Mechanism" else "examples",
+        "flags": "core.SOFTMAX_FLAGS" if kind.spec == "Mechanism" else "",
         "examples": "" if kind.spec == "Mechanism" else _EXAMPLES,
         "typing": "from typing import NamedTuple\n\n" if kind.backward else "",
         "numpy": "import numpy as np\n\n" if kind.backward else "",
@@ -225,7 +226,7 @@ SPEC = core.$spec(
     key="$key",
     $role=$main,
 $backward_field    example=$example,
-    flags=frozenset(),  # the relations that apply: see attention_ref.kit.checks
+    flags=frozenset($flags),  # the relations that hold: attention_ref.kit.checks
     claim="TODO: the claim that the tutorial measures, one sentence.",
     verified_by=("slow loop",),
 $reconstruction)
@@ -236,7 +237,12 @@ _CACHE = '''
 class Cache(NamedTuple):
     """What the backward needs, each with its shape."""
 
+    q: np.ndarray  # (..., T, D), rows with NaN or infinity replaced by zeros
+    k: np.ndarray  # (..., S, D), likewise
+    v: np.ndarray  # (..., S, E), likewise
     p: np.ndarray  # (..., T, S), weights
+    live: np.ndarray  # (..., T, S), True = may attend
+    poison: np.ndarray  # (..., T, 1), rows that are NaN
 '''
 
 _BACKWARD = '''
@@ -283,7 +289,12 @@ _TESTS = '''"""What is particular to $key.
 $title
 """
 
+import numpy as np
 import pytest
+
+import attention_ref
+from attention_ref.kit import tree
+from attention_ref.kit.checks import cases
 
 
 def slow_$slug(**kwargs):
@@ -292,9 +303,16 @@ def slow_$slug(**kwargs):
 
 
 def test_equals_the_slow_loop():
-    # every case of the example set
-    pytest.fail("not written yet")
-$tests'''
+    spec = attention_ref.get("$key")
+    for case, kwargs in cases(spec).items():
+        found = tree.flatten(spec.call(kwargs)[0])
+        want = tree.flatten(slow_$slug(**kwargs))
+        for name, a in found.items():
+            np.testing.assert_allclose(a, want[name], rtol=0, atol=1e-13, err_msg=case)
+$tests
+# An oracle, where there is one: @pytest.mark.oracle, pytest.importorskip("torch", reason=...),
+# and the reason as a line of tests/allowed_skips.txt. The README's table names the row too.
+'''
 
 _TUTORIAL = '''"""
 $title
