@@ -53,7 +53,7 @@ mutants: $(VENV)/.installed-test  ## break one method in every way and see which
 bench: $(VENV)/.installed-oracles  ## ratios against other libraries, in one run
 	$(PY) -m attention_ref bench
 
-gpu:  ## the GPU suite, where there is a GPU (uses .venv when it exists, else $(PYTHON))
+gpu:  ## the GPU suite, where there is a GPU (with .venv when it exists)
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -q tests/gpu -rs
 
 docs-quick: $(VENV)/.installed-docs  ## build the pages from what is there
