@@ -43,7 +43,7 @@ import math
 import numpy as np
 
 import attention_ref
-from attention_ref.kit.tutorial import BLUE, GREY, ORANGE, Tutorial
+from attention_ref.kit.tutorial import BLUE, GREY, ORANGE, SKY, Tutorial
 
 tutorial = Tutorial(__file__)
 spec = attention_ref.get("scores/l2_distance")
@@ -191,13 +191,14 @@ N, WIDTH, SCALES = 8, 4, (1, 3, 10, 30)
 DRAWS = 5 if tutorial.quick else 300
 ONE = np.eye(N * WIDTH).reshape(N * WIDTH, 1, N, WIDTH)  # every output coordinate once
 KINDS = {"dot product": (dot, False), "distance, tied": (spec, True),
-         "distance, not tied": (spec, False)}  # fmt: skip
+         "distance, not tied": (spec, False),
+         "distance, tied, narrow": (spec, True)}  # fmt: skip
 
 
 def steepest(method, x, wq, wk, wv):
     """Largest singular value of the Jacobian, for every member of x, shape (draws, N, WIDTH)."""
-    shape = (N * WIDTH, *x.shape)
-    q, k, v = (np.broadcast_to(x @ w, shape) for w in (wq, wk, wv))
+    each = (N * WIDTH, 1, 1, 1)
+    q, k, v = (np.tile(x @ w, each) for w in (wq, wk, wv))
     out, cache = method.forward(q, k, v)
     g = method.backward(np.broadcast_to(ONE, out.shape).copy(), cache)
     jacobian = g["q"] @ wq.T + g["k"] @ wk.T + g["v"] @ wv.T
@@ -209,20 +210,23 @@ def search(rng):
     """The largest ratio of every kind at every scale."""
     wq, wk, wv = rng.standard_normal((3, WIDTH, WIDTH)) / math.sqrt(WIDTH)
     x = rng.standard_normal((DRAWS, N, WIDTH))
-    return {
-        kind: [np.max(steepest(method, s * x, wq, wq if tied else wk, wv)) for s in SCALES]
-        for kind, (method, tied) in KINDS.items()
-    }
+    found = {}
+    for kind, (method, tied) in KINDS.items():
+        a, b = (wq, wq) if tied else (wq, wk)
+        if kind == "distance, tied, narrow":
+            a = b = wq[:, : WIDTH // 2]
+        found[kind] = [float(np.max(steepest(method, s * x, a, b, wv))) for s in SCALES]
+    return found
 
 
 records, held, drawn = [], [], []
 for seed in range(3):
     found = search(np.random.default_rng(seed))
     drawn.append(found)
-    records.append({f"{kind}, scale {s}": float(x) for kind, row in found.items()
+    records.append({f"{kind}, scale {s}": x for kind, row in found.items()
                     for s, x in zip(SCALES, row, strict=True)})  # fmt: skip
     for kind, row in found.items():
-        print(f"seed {seed}, {kind:18s}: " + ", ".join(f"{x:8.2f}" for x in row))
+        print(f"seed {seed}, {kind:22s}: " + ", ".join(f"{x:8.2f}" for x in row))
     steep, flat = found["dot product"], found["distance, tied"]
     held.append(steep[-1] >= 50 * steep[0] and max(flat[1:]) <= 2 * flat[0])
 tutorial.measured(
@@ -235,6 +239,14 @@ tutorial.measured(
 # The third row of each seed is a warning. It is the same distance with two different projections:
 # now a query may lie at the same distance from two far keys, and the bound is gone. The tying is
 # half of the method.
+#
+# The fourth row is a warning against our own argument. There the tied :math:`W_q` is only half as
+# wide as the tokens. Two tokens may then have nearly the same projection and be far apart in what
+# the projection drops, and their *values* differ as much as they like. "Near" must mean near for
+# the values too: they have to be a function of the projected tokens. A square invertible
+# :math:`W_q` sees to that, and Kim et al. build :math:`W_v` from :math:`W_q`. Narrow heads with a
+# free :math:`W_v`, as in ViTGAN's code, are gentler than the dot product, growing like the scale
+# and not like its square, and yet not Lipschitz.
 #
 # The projections count as well: :math:`f` cannot be gentler than its :math:`W_v`. ViTGAN
 # therefore fixes the largest singular value of every projection, at that of its first step:
@@ -276,11 +288,13 @@ if not tutorial.quick:
                 ylabel="weight of the key at 1", ylim=(-0.02, 1.05))  # fmt: skip
     axes[0].legend(loc="upper right")
 
-    for (kind, marker), color in zip(
-        {"dot product": "o", "distance, not tied": "^", "distance, tied": "s"}.items(),
-        (ORANGE, GREY, BLUE),
-        strict=True,
-    ):
+    looks = {
+        "dot product": ("o", ORANGE),
+        "distance, not tied": ("^", GREY),
+        "distance, tied, narrow": ("D", SKY),
+        "distance, tied": ("s", BLUE),
+    }
+    for kind, (marker, color) in looks.items():
         values = np.array([found[kind] for found in drawn])
         axes[1].plot(SCALES, np.exp(np.log(values).mean(axis=0)), color=color, label=kind)
         for row in values:

@@ -8,9 +8,10 @@ r"""Distance scores: minus the squared distance of query and key instead of thei
     o_t    &= \textstyle\sum_s p_{ts}\, v_s                                     &(4)
 
 In self-attention with tied projections (the same array as q and k) every token is nearest to
-itself, no distant token can win by its length, and the map has a finite Lipschitz constant, which
-that of the dot product has not. The paper's second means, spectral normalisation that keeps the
-largest singular value of the first step, is the pair :func:`spectral_forward`.
+itself and no distant token can win by its length. If moreover the values are a linear function of
+the queries, the map has a finite Lipschitz constant; dot-product attention has none. The paper's
+second means, spectral normalisation that keeps the largest singular value of the first step, is
+the pair :func:`spectral_forward`, :func:`spectral_backward`.
 
 Source: Lee et al. 2022, *ViTGAN*, from a digest of section 3; official code mlpc-ucsd/ViTGAN,
 models/gan/stylegan2/vit_common.py, read; sign and square after Kim, Papamakarios, Mnih 2021, *The
@@ -177,7 +178,11 @@ def l2_distance_forward(
     norms of q for those of k although one projection makes three separate parts. The
     Lipschitz constant that both papers want needs minus the squared distance, as Kim et al. have
     it; so does this row. ``scale=-c`` turns the sign. Projections, their tying and the learned
-    temperature of the code are the caller's; without tying, the theorem does not hold.
+    temperature of the code are the caller's; without tying, the theorem does not hold. Nor
+    does it hold when values see what the tied projection drops, as in heads narrower than the
+    tokens with a free projection of the values: two tokens may be near as queries and far apart
+    as values, and the largest ratio grows linearly with the inputs (measured in the tutorial).
+    Kim et al. build the projection of the values from that of the queries.
 
     The distance is computed from differences. Its expansion 2 q.k - q.q - k.k is cheaper but
     cancels for tokens far from the origin, and a token's distance to itself may come out negative.
@@ -287,7 +292,8 @@ SPEC = core.Mechanism(
     ),
     claim=(
         "The largest ratio of output change to input change of dot-product attention grows with "
-        "the scale of the input; that of tied distance attention stays bounded."
+        "the scale of the input; that of tied distance attention stays bounded if the "
+        "projection of queries and keys is square and invertible."
     ),
     verified_by=("slow loop", "PyTorch"),
 )  # fmt: skip

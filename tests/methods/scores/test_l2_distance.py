@@ -154,6 +154,18 @@ def test_tied_gradient_of_a_projection():
     np.testing.assert_allclose(x.T @ (g["q"] + g["k"]), found["w"], rtol=0, atol=1e-13)
 
 
+def test_near_queries_with_far_values_are_not_gentle():
+    """Two tied queries 2 e apart, values +-R: the slope -8 c e R p (1 - p) has no bound."""
+    q, e, c = np.array([[0.0], [0.5]]), 0.25, 0.5
+    slopes = []
+    for far in (1.0, 1e3):
+        _, cache = l2_distance_forward(q, q, np.array([[far], [-far]]), scale=c)
+        slopes.append(l2_distance_backward(np.array([[1.0], [0.0]]), cache)["q"][0, 0])
+        p = 1 / (1 + math.exp(-4 * c * e**2))
+        np.testing.assert_allclose(slopes[-1], -8 * c * e * far * p * (1 - p), rtol=1e-13)
+    assert abs(slopes[1]) > 999 * abs(slopes[0])
+
+
 def test_equal_tokens_give_the_mean_and_a_large_scale_the_nearest():
     kwargs = cases(SPEC)["plain"]
     flat, _ = l2_distance_forward(kwargs["q"], np.ones((2, 6, 4)), kwargs["v"])
