@@ -184,8 +184,8 @@ tutorial.claim(
     spec.claim,
     criterion="on each of three seeds, with the maximum over 300 draws: from inputs of scale 1 to "
     "inputs of scale 30 the largest ratio of dot-product attention grows by a factor of at least "
-    "50, and that of tied distance attention (square W_q) at scales 3, 10, 30 is at most twice that "
-    "at scale 1",
+    "50, and that of tied distance attention (square W_q) at scales 3, 10, 30 is at most twice "
+    "that at scale 1",
 )
 
 N, WIDTH, SCALES = 8, 4, (1, 3, 10, 30)
