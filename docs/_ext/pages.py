@@ -103,7 +103,8 @@ def method_page(key, spec, row):
     module = inspect.getmodule(spec.main)
     mark = " (reconstruction)" if spec.reconstruction or row["grade"] == "D" else ""
     name = short_name(module, row)
-    page = f".. _method-{key.replace('/', '-')}:\n\n" + heading(name + mark)
+    page = f".. py:currentmodule:: {module.__name__}\n\n"
+    page += f".. _method-{key.replace('/', '-')}:\n\n" + heading(name + mark)
     page += f"``{key}`` · {row['kind']} · :ref:`grade {row['grade']} <grades>`"
     page += f" · verified by {', '.join(spec.verified_by)}\n\n"
     if spec.reconstruction:
@@ -202,7 +203,6 @@ def code_side_by_side(spec):
 def called(module, spec):
     """numpydoc pages of the public functions, in the order of the file."""
     page = heading("Reference of the functions", "-")
-    page += f".. py:currentmodule:: {module.__name__}\n\n"
     names = [
         n
         for n, f in vars(module).items()
