@@ -306,13 +306,12 @@ def _plain(kwargs):
 
 SPEC = core.Mechanism(
     key="normalizers/gated",
-    forward=gated_forward,
-    backward=gated_backward,
-    example=_example,
+    forward=gated_forward, backward=gated_backward, example=_example,
     flags=frozenset({"attention", "causal", "masked", "linear_in_v", "scaled"}),
     opt_out={"empty_rows": "the mean under 'uniform' is gated; test_gated.py does all four"},
     reduces_to=(core.Reduction("scores/dot_product", "open gates of 1", _open, _plain),),
     claim="When a query matches nothing, a gated head closes its gate and leaves the first token "
     "alone, where plain softmax attention puts its weight.",
     verified_by=("slow loop", "PyTorch"),
-)
+    reconstruction="positions G2 to G5, from summaries of the paper; G1 is the official code's",
+)  # fmt: skip
