@@ -26,7 +26,9 @@ TEXT = {".py", ".md", ".toml", ".cfg", ".txt", ".json", ".cff", ".yaml", ".yml",
 IGNORED_FOLDERS = {".git", ".venv", "__pycache__", "_build", ".pytest_cache", ".ruff_cache",
                    ".hypothesis", "build", "dist"}  # fmt: skip
 ESCAPE = re.compile(r"#\s*style: ok, *\S")
-MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work\b|farm\b|root/)", re.IGNORECASE)
+PLACES = [re.escape(str(place)) for place in (ROOT, Path.home()) if len(place.parts) > 1]
+MACHINE_PATH = re.compile(rf"(?<![\w.])(?:{'|'.join([*PLACES, '/home/[a-z]+', '/Users/[a-z]+'])})/")
+"""This checkout, this user's folder, anybody's folder."""
 
 LIKE = {"zeros", "ones", "full", "empty", "arange", "linspace", "array", "asarray"}
 NO_LIKE = ("eye", "identity", "tri", "indices", "tril_indices", "triu_indices", "fromfunction")

@@ -9,6 +9,7 @@ PATH = Path(__file__).resolve().parent.parent / "style.py"
 spec = importlib.util.spec_from_file_location("house_style", PATH)
 style = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(style)
+ROOT = style.ROOT
 
 METHOD = "attention_ref/methods/scores/toy.py"
 TEST = "tests/methods/scores/test_toy.py"
@@ -166,9 +167,9 @@ FILES = [
      "import pytest\n\n\ndef test_a():\n    with pytest.raises(ValueError):\n        int('a')\n"),
     ("no-assert", TEST, "def test_a():\n    np.testing.suppress()\n",
      "def test_a():\n    np.testing.assert_allclose(1, 1)\n"),
-    ("machine-path", "README.md", "see " + "/wor" + "k/main", "see work/main and https://a.b/work/c"),
-    ("machine-path", CORE, f'"""A."""\nx = "{"/RO" + "OT/"}x"\n', '"""A."""\nx = "/rooted"\n'),
-    ("machine-path", "docs/a.rst", "in " + "/fa" + "rm/x", "in ./farm/x"),
+    ("machine-path", "README.md", f"see {Path.home()}/a", "see home/a and https://a.b/home/c"),
+    ("machine-path", CORE, f'"""A."""\nx = "{ROOT}/a"\n', '"""A."""\nx = "/rooted"\n'),
+    ("machine-path", "docs/a.rst", "in " + "/ho" + "me/somebody/x", "in ./home/x"),
 ]  # fmt: skip
 
 
