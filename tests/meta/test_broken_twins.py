@@ -287,6 +287,17 @@ def test_an_edit_of_maps_that_takes_any_mask_is_caught():
     assert "mask" in checks.run_one(spec, "bad_input", "plain", kwargs).message
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_wrong_fast_path_is_caught_in_each_dtype(dtype):
+    def backward(dout, cache):
+        g = SPEC.numba.backward(dout, cache)
+        return g | {"k": g["k"] * dtype(1.001)} if dout.dtype == dtype else g
+
+    spec = dataclasses.replace(SPEC, numba=core.Backend(SPEC.numba.forward, backward))
+    result = checks.run_one(spec, "backends", "plain", checks.cases(spec)["plain"])
+    assert not result.ok and "dk by Numba" in result.message
+
+
 def test_every_flag_of_a_spec_is_known():
     known = {flag for flags in checks.NEEDS.values() for flag in flags}
     known |= {"no_foreign", "positional"}
