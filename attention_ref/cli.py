@@ -1,4 +1,4 @@
-"""The command line: list, show, status, verify, run, golden, bench, new, doctor.
+"""The command line: list, show, status, verify, run, golden, check, bench, student, new, doctor.
 
 Results go to stdout, progress to stderr. Exit code 0: fine; 1: something checked does not hold;
 2: the command itself was wrong (unknown key, bad option).
@@ -81,6 +81,9 @@ def _parser():
     sub.add_argument("--case", action="append", help="only this case (may be repeated)")
     sub = add("bench", _bench, "ratios against other libraries, in one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
+    sub = add("student", _student, "tutorials without their solutions", json_too=False)
+    sub.add_argument("keys", nargs="*", metavar="KEY")
+    sub.add_argument("--out", required=True, help="folder to write to")
     sub = add("new", _new, "write the stubs of a row", json_too=False)
     sub.add_argument("key")
     add("doctor", _doctor, "versions, backends and what is missing")
@@ -411,6 +414,34 @@ def _version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _student(args):
+    import pathlib
+
+    from attention_ref.core.registry import nearest
+    from attention_ref.kit import golden, tutorials
+    from attention_ref.kit.student import strip
+    from attention_ref.kit.tutorial import write_files
+
+    root, there = golden.checkout(), tutorials.keys()
+    if root is None:
+        raise ParameterError("tutorials come with a source checkout, this is an installed package")
+    if unknown := [key for key in args.keys if key not in there]:
+        near = " or ".join(nearest(unknown[0], there))
+        raise ParameterError(
+            f"key is {unknown[0]!r}, which has no tutorial" + (f"; did you mean {near}?" if near else "")
+        )
+    base = pathlib.Path(args.out).resolve()
+    if base == root or base in root.parents:
+        raise ParameterError(f"--out is {args.out}, expected another folder than the teacher's")
+    copies = {}
+    for key in args.keys or there:
+        text = (root / "tutorials" / f"{key}.py").read_text(encoding="utf-8")
+        copies[base / "tutorials" / f"{key}.py"] = strip(text).encode()
+    write_files(copies)
+    print("\n".join(str(path.relative_to(base)) for path in copies))
+    return 0
 
 
 def _new(args):

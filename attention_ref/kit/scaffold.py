@@ -349,6 +349,28 @@ tutorial.claim(spec.claim, criterion="TODO: the condition with its threshold")
 
 raise NotImplementedError("$key")
 # tutorial.measured(ours=[...], verdict="reproduced", tolerance=0.05)
+
+# %%
+# Exercises
+# ---------
+# **1. Write this backward yourself.** TODO: what is given, what is asked.
+
+
+def my_backward(dout, cache):
+    """Return the gradients, a dict under the names of the arguments."""
+    # solution: return None
+    return spec.backward(dout, cache)  # TODO: written out, in other words than the library's
+    # end of solution
+
+
+# tutorial.exercise(1, my_backward(dout, cache), spec.backward(dout, cache))
+
+# %%
+# **2. TODO.** **3. TODO.** Each in a cell of its own.
+
+# %%
+# **Solution 2.** Cells that begin like this one are taken out of the student's copy.
+
 # tutorial.finish(figure)
 '''
 

@@ -5,6 +5,7 @@
     tutorial.gradients(spec, kwargs)                 # hand, tape, complex step, differences
     tutorial.claim("...", criterion="...", paper=0.5)
     tutorial.measured(ours=[...], verdict="reproduced", tolerance=0.05)
+    tutorial.exercise(1, answer, expected)           # None waits for the reader
     tutorial.finish(figure)                          # figures/<key>.svg, .txt, .json
 
 With ``ATTENTION_REF_QUICK=1`` (:attr:`Tutorial.quick`) the derivation runs and its checks assert,
@@ -116,6 +117,7 @@ class Tutorial:
         self.root = self.path.parents[2]
         self.quick = os.environ.get("ATTENTION_REF_QUICK", "") not in ("", "0")
         self.record = {"key": self.key}
+        self._wrong = []
         self._start = time.perf_counter()
         self._tee = sys.stdout = _Tee(sys.stdout)
 
@@ -251,6 +253,40 @@ class Tutorial:
             print(name.ljust(width) + "".join(cell.rjust(12) for cell in cells))
         print(f"Verdict: {verdict}")
 
+    def exercise(self, number, answer, expected, bound=1e-12):
+        """Compare a reader's answer with the library's, and say in one line how it went.
+
+        Parameters
+        ----------
+        number : int
+            Of the exercise.
+        answer, expected : ndarray, number, or dict of them
+            None, the whole or one entry, is an answer that still waits.
+        bound : float
+            Largest difference, over the largest entry of what is expected, that counts as right.
+        """
+        title = f"exercise {number}"
+        if not isinstance(expected, dict):
+            expected = {"": expected}
+            answer = None if answer is None else {"": answer}
+        if answer is None or all(x is None for x in answer.values()):
+            print(f"{title}: waits for you")
+            return
+        for name, want in expected.items():
+            what, got = f"{title}: {name}".rstrip(": "), answer.get(name)
+            if got is None:
+                print(f"{what} waits for you")
+                continue
+            got, want = np.asarray(got), np.asarray(want)
+            if got.shape != want.shape:
+                print(f"{what} has shape {got.shape}, expected {want.shape}")
+                self._wrong.append(what)
+                continue
+            error = _relative(got, want)
+            print(f"{what} is {'right' if error <= bound else f'off by {error:.2g}'}")
+            if not error <= bound:
+                self._wrong.append(what)
+
     def finish(self, figure=None):
         """Write the figure, the printed text and the record; in quick mode nothing.
 
@@ -262,12 +298,14 @@ class Tutorial:
         Raises
         ------
         ParameterError
-            When there is no figure or no measurement, the SVG is too large, or the text holds an
-            absolute path.
+            When there is no figure or no measurement, an exercise is answered wrongly, the SVG is
+            too large, or the text holds an absolute path.
         """
         seconds = time.perf_counter() - self._start
         text = self._tee.lines.getvalue()
         self.close()
+        if self._wrong:
+            raise ParameterError(f"not right yet: {', '.join(self._wrong)}; nothing is written")
         if self.quick or "ipykernel" in sys.modules:
             return
         if figure is None or "ours" not in self.record:

@@ -1,6 +1,6 @@
 """A tiny transformer over characters whose attention is any mechanism of the library, by key.
 
-    x = embed[token] + place[position]
+    x = embed[token] + place[position]   the second part only with positions=True
     x = x + attention(norm(x)) Wo        once a layer, H heads
     x = x + relu(norm(x) W1 + b1) W2 + b2
     logits = norm(x) embed^T             (tied), or norm(x) readout
@@ -44,6 +44,8 @@ class Model(NamedTuple):
         own in every layer, passed by that name.
     causal : bool
         Whether a token may see only what came before it.
+    positions : bool
+        Whether learned positions are added; without them the length is free.
     tied : bool
         Whether the output uses the embedding's matrix.
     dtype : dtype
@@ -59,6 +61,7 @@ class Model(NamedTuple):
     options: Mapping = MappingProxyType({})
     extra: Mapping = MappingProxyType({})
     causal: bool = True
+    positions: bool = True
     tied: bool = True
     dtype: type = np.float32
 
@@ -89,6 +92,8 @@ class Model(NamedTuple):
             "place": normal(self.context, C, scale=C**-0.5),
             "gain": np.ones(C, self.dtype),
         }
+        if not self.positions:
+            del parameters["place"]
         if not self.tied:
             parameters["readout"] = normal(C, self.vocabulary, scale=C**-0.5)
         for layer in range(self.layers):
@@ -117,7 +122,7 @@ class Model(NamedTuple):
         parameters : dict of ndarray
             From :meth:`initial`, plain or traced.
         tokens : int ndarray, shape (B, T)
-            T at most ``context``.
+            T at most ``context``, or any without positions.
         caches : list, optional
             Receives the cache of the mechanism in every layer; its ``p`` holds attention maps.
 
@@ -126,7 +131,9 @@ class Model(NamedTuple):
         ndarray, shape (B, T, vocabulary), nats
         """
         B, T = tokens.shape
-        x = parameters["embed"][tokens] + parameters["place"][:T]
+        x = parameters["embed"][tokens]
+        if self.positions:
+            x = x + parameters["place"][:T]
         x = np.reshape(x, (B * T, self.width))  # one matrix product a layer, not B of them
         for layer in range(self.layers):
             part = {

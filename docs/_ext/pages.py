@@ -273,8 +273,10 @@ def gallery():
 
 
 def staged(path, key):
-    """The text of one tutorial for the gallery."""
-    text = spaced(path.read_text(encoding="utf-8")).rstrip() + "\n"
+    """The text of one tutorial for the gallery: the student's copy."""
+    from attention_ref.kit.student import strip
+
+    text = spaced(strip(path.read_text(encoding="utf-8"))).rstrip() + "\n"
     text = text.replace(
         "Tutorial(__file__)", f'Tutorial("tutorials/{key}.py")'
     )  # notebooks have no file

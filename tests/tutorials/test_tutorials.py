@@ -12,6 +12,7 @@ from datetime import date
 import pytest
 
 from attention_ref.kit import tutorials
+from attention_ref.kit.student import strip
 
 KEYS = tutorials.keys()
 
@@ -40,6 +41,24 @@ def test_it_runs_in_quick_mode(quick_key, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout, "it printed nothing"
     assert not list(tmp_path.iterdir()), "quick mode wrote a result"
+
+
+def test_the_students_copy_runs_too(quick_key, tmp_path):
+    """With every answer missing: no later cell may need what a solution defined."""
+    path = tmp_path / "tutorials" / f"{quick_key}.py"
+    path.parent.mkdir(parents=True)
+    teacher = (tutorials.ROOT / "tutorials" / f"{quick_key}.py").read_text(encoding="utf-8")
+    path.write_text(strip(teacher), encoding="utf-8")
+    environment = os.environ | {
+        "ATTENTION_REF_QUICK": "1", "MPLBACKEND": "Agg", "NO_COLOR": "1",
+        "PYTHONPATH": str(tutorials.ROOT),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "waits for you" in done.stdout
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -458,32 +458,32 @@ if not tutorial.quick:
 
 def my_backward(dout, q, k, v, p, c):
     """Return dq, dk, dv."""
-    return None
+    # solution: return None, None, None
+    dv = p.T @ dout
+    dp = dout @ v.T
+    dz = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
+    return c * dz @ k, c * dz.T @ q, dv
+    # end of solution
 
 
-def grade(backward):
-    """Compare a backward with the library's on fresh numbers; returns the errors or None."""
-    rng = np.random.default_rng(7)
-    q, k, v = (rng.standard_normal(shape) for shape in ((4, 3), (5, 3), (5, 2)))
-    dout = rng.standard_normal((4, 2))
-    _, cache = spec.forward(q, k, v, scale=0.5)
-    answer = backward(dout, q, k, v, cache.p, 0.5)
-    if answer is None:
-        return None
-    right = spec.backward(dout, cache)
-    return {n: float(np.max(np.abs(a - right[n]))) for n, a in zip("qkv", answer, strict=True)}
-
-
-answer = grade(my_backward)
-if answer is None:
-    print("exercise 1: waits for you")
-for name, error in (answer or {}).items():
-    print(f"exercise 1: d{name} {'is right' if error < 1e-12 else f'is off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+q7, k7, v7 = (fresh.standard_normal(shape) for shape in ((4, 3), (5, 3), (5, 2)))
+dout = fresh.standard_normal((4, 2))
+_, cache = spec.forward(q7, k7, v7, scale=0.5)
+answer = dict(zip("qkv", my_backward(dout, q7, k7, v7, cache.p, 0.5), strict=True))
+tutorial.exercise(1, answer, spec.backward(dout, cache))
 
 # %%
 # **2. What the softmax cannot see.** Show with (4') that every row of :math:`dz` sums to zero.
 # Then show that, without a softcap, adding one and the same vector to *all* keys changes no
 # output, and conclude that the :math:`dk_s` add up to zero. Why must a softcap spoil this?
+
+# %%
+# **Solution 2.** In (4') the bracket subtracts from :math:`dp` its mean under :math:`p`, so
+# :math:`\sum_s dz_{ts} = \sum_s p_{ts} dp_{ts} - \sum_s p_{ts} \cdot \sum_{s'} p_{ts'} dp_{ts'} = 0`. A
+# vector :math:`a` on all keys adds :math:`c\, q_t \cdot a` to the whole row of scores, which cancels
+# in the softmax; the derivative in that direction, :math:`a \cdot \sum_s dk_s`, is zero for every
+# :math:`a`. A softcap bends each score by another amount, so the row no longer moves as one.
 
 out, cache = spec.forward(q, k, v)
 shifted, _ = spec.forward(q, k + np.array([1.0, -2.0, 0.5]), v)
@@ -496,6 +496,11 @@ tutorial.check("exercise 2: the sum of dk over the keys", np.max(np.abs(dk.sum(a
 # experiment A. The trace now rises with :math:`D`. Towards which number, and why is a model
 # with that scale also hard to train at the beginning? (Hint: what are the weights when all
 # scores are nearly equal, and how large is :math:`dq = c\, dz\, k` then?)
+
+# %%
+# **Solution 3.** Scores then have the standard deviation :math:`1/\sqrt{D}` and vanish: all weights
+# become :math:`1/S` and the trace tends to :math:`1 - 1/S`. The softmax passes gradients as well as it
+# can, but :math:`dq = c\, dz\, k` is smaller by :math:`\sqrt{D}`: queries and keys learn slowly.
 
 limit = trace(np.random.default_rng(0), 4096, 1 / 4096, T=50)
 tutorial.check("exercise 3: distance from 1 - 1/64", abs(limit - (1 - 1 / 64)), 1e-4)
