@@ -428,10 +428,9 @@ def _student(args):
     if root is None:
         raise ParameterError("tutorials come with a source checkout, this is an installed package")
     if unknown := [key for key in args.keys if key not in there]:
-        near = " or ".join(nearest(unknown[0], there))
-        raise ParameterError(
-            f"key is {unknown[0]!r}, which has no tutorial" + (f"; did you mean {near}?" if near else "")
-        )
+        near = nearest(unknown[0], there)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ParameterError(f"key is {unknown[0]!r}, which has no tutorial{hint}")
     base = pathlib.Path(args.out).resolve()
     if base == root or base in root.parents:
         raise ParameterError(f"--out is {args.out}, expected another folder than the teacher's")
