@@ -16,6 +16,7 @@ import numpy as np
 
 from attention_ref.core import check
 from attention_ref.core.errors import DTypeError, ParameterError, ShapeError
+from attention_ref.kernels import plan
 from attention_ref.kernels.door import expect, float_dtype, prepare, sum_to
 
 
@@ -36,6 +37,7 @@ class Cache(NamedTuple):
     masked: bool
     biased: bool
     empty_row: str
+    seen: plan.Seen | None  # a pattern beyond causality; it holds that too
     shapes: dict  # name -> shape of the argument as given
     dtypes: dict  # name -> dtype of the argument as given
 
@@ -106,7 +108,7 @@ def _finite_rows(x):
     return None if np.isfinite(x).all() else np.isfinite(x).all(axis=-1, keepdims=True)
 
 
-def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row):
+def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row, seen=None):
     """Softmax attention without ever holding the scores.
 
     Parameters
@@ -119,6 +121,8 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         Keys and values; query head h uses key head h // (H // G).
     mask, causal, align, scale, softcap, bias, empty_row
         As in ``scores/dot_product``.
+    seen : plan.Seen, optional
+        A pattern; ``causal`` and ``align`` then say nothing.
 
     Returns
     -------
@@ -155,7 +159,8 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         out.reshape(*shape, depth), lse.reshape(shape), q, k, v, mask, bias,
         1.0 / math.sqrt(width) if scale is None else float(scale), softcap, bool(causal),
         keys - queries if align == "lower_right" else 0, masked, biased, empty_row,
-        {name: x.shape for name, x in given.items()}, {name: x.dtype for name, x in given.items()},
+        seen, {name: x.shape for name, x in given.items()},
+        {name: x.dtype for name, x in given.items()},
     )  # fmt: skip
     kernel.forward(cache, marked, out, lse)
     _fill_empty_rows(out, lse, marked, v, heads // max(k.shape[1], 1), empty_row)

@@ -1,11 +1,14 @@
-r"""Dense softmax attention that never holds more than a tile of the scores.
+r"""Softmax attention that never holds more than a tile of the scores: dense, or only where a
+pattern lets queries see keys.
 
     z = c q k^T,  z <- cap tanh(z / cap),  z <- z + bias,  -inf where masked
     p = softmax(z),  out = p v,  lse = log sum exp z
 
-Forward: one work item owns 128 queries of one head; they lie in the lanes (see ``tiles``). Loop
-order: item, block of 96 keys, then the tile steps z = k q^T, running maximum m and sum l down the
-keys, out <- out e^(m_old - m) + v^T p. Blocks that causality or the mask leaves empty are skipped.
+Forward: one work item owns up to 128 queries of one head; they lie in the lanes (see ``tiles``).
+Loop order: item, its runs of keys (``kernels.plan``), 96 keys at a time, then the tile steps
+z = k q^T, running maximum m and sum l down the keys, out <- out e^(m_old - m) + v^T p. What no run
+holds is never touched, so time grows with the pairs that a pattern keeps; within a tile the interval
+of each query cuts what is left, and tiles that the mask leaves empty are skipped.
 Traffic an item: q once, k and v once (96 keys at a time, from the second-level cache when it holds
 them), so S (D + E) + 128 (D + E) numbers an item, and T / 128 items a head.
 
@@ -23,7 +26,7 @@ head; a bias adds its gradient in full, (N, H, T, S). Quarantine and layout: ``k
 
 import numpy as np
 
-from attention_ref.kernels import softmax
+from attention_ref.kernels import plan, softmax
 from attention_ref.kernels.numba import jit, threads
 from attention_ref.kernels.numba.elementary import exp, tanh
 from attention_ref.kernels.numba.tiles import (
@@ -75,14 +78,29 @@ def _cap_tile(z, rows, cap, slope):
 
 
 @jit
-def _causal_tile(z, rows, first, step):
-    """Row r keeps the lanes x >= first + r (step 1: rows are keys) or x < first + r (step -1)."""
+def _cut_lanes(z, s, rows, lanes, low, high):
+    """Rows are keys from s on; lane x keeps those with low[x] <= key < high[x]."""
+    dead, inside = z.dtype.type(-np.inf), True
+    for x in range(lanes):
+        inside = inside and low[x] <= s and s + rows <= high[x]
+    if inside:
+        return
+    for r in range(rows):
+        line = z[r * LANES : (r + 1) * LANES]
+        for x in range(LANES):
+            line[x] = line[x] if low[x] <= s + r and s + r < high[x] else dead
+
+
+@jit
+def _cut_rows(z, s, rows, lanes, low, high, at):
+    """Lanes are keys from s on; row r keeps those from low[at + r] to high[at + r]."""
     dead = z.dtype.type(-np.inf)
     for r in range(rows):
-        edge = min(max(first + r, 0), LANES)
-        low, high = (0, edge) if step > 0 else (edge, LANES)
-        for x in range(low, high):
-            z[r * LANES + x] = dead
+        begin, end = low[at + r] - s, high[at + r] - s
+        if begin > 0 or end < lanes:
+            line = z[r * LANES : (r + 1) * LANES]
+            for x in range(LANES):
+                line[x] = line[x] if begin <= x and x < end else dead
 
 
 @jit
@@ -148,11 +166,22 @@ def _add_block(acc, part, alpha, a, start, width, terms, b):
 
 
 @jit
-def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
-                  causal, shift, out, lse):  # fmt: skip
-    """128 queries of one head, from query t on."""
+def _intervals(plan, steps, n, t, lanes, queries, low, high):
+    """The intervals of the queries in the lanes; lanes without a query see nothing."""
+    at = n * steps[2] * queries + t
+    for x in range(LANES):
+        low[x] = plan[5][at + x] if x < lanes else 0
+        high[x] = plan[6][at + x] if x < lanes else 0
+
+
+@jit
+def _forward_item(n, h, item, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
+                  plan, steps, out, lse):  # fmt: skip
+    """One block of queries of one head."""
     heads, groups, queries, keys, width, depth = sizes
-    lanes = min(LANES, queries - t)
+    start, stop, runs, first, last = plan[:5]
+    t, lanes = start[item], stop[item] - start[item]
+    pattern = (n * steps[0] + h * steps[1]) * start.size + item
     key_head = n * groups + h // (heads // groups)
     row = (n * heads + h) * queries + t
     kind = q.dtype
@@ -160,23 +189,24 @@ def _forward_item(n, h, t, q, k, v, mask, bias, mask_strides, bias_strides, size
     z, slope = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     top, safe, total = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
     alpha, block, part = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(acc.size, kind)
+    low, high = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    _intervals(plan, steps, n, t, lanes, queries, low, high)
     load_lanes(q, row * width, width, lanes, scale, qt)
     fill(acc, depth * LANES, 0)
     fill(total, LANES, 0)
     fill(top, LANES, -np.inf)
-    end = min(keys, max(0, t + lanes + shift)) if causal else keys
-    for s in range(0, end, ROWS):
-        rows = min(ROWS, end - s)
-        masks = _block(mask_strides, n, h, t, s, True)
-        if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
-            continue
-        biases = _block(bias_strides, n, h, t, s, True)
-        _score_tile(z, slope, k, (key_head * keys + s) * width, width, qt, rows, lanes, mask, bias,
-                    cap, masks, biases)  # fmt: skip
-        if causal and s + rows - 1 > t + shift:
-            _causal_tile(z, rows, s - shift - t, 1)
-        _softmax_tile(z, rows, top, safe, total, alpha, block)
-        _add_block(acc, part, alpha, v, (key_head * keys + s) * depth, depth, rows, z)
+    for run in range(runs[pattern], runs[pattern + 1]):
+        for s in range(first[run], last[run], ROWS):
+            rows, at = min(ROWS, last[run] - s), key_head * keys + s
+            masks = _block(mask_strides, n, h, t, s, True)
+            if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
+                continue
+            biases = _block(bias_strides, n, h, t, s, True)
+            _score_tile(z, slope, k, at * width, width, qt, rows, lanes, mask, bias, cap, masks,
+                        biases)  # fmt: skip
+            _cut_lanes(z, s, rows, lanes, low, high)
+            _softmax_tile(z, rows, top, safe, total, alpha, block)
+            _add_block(acc, part, alpha, v, at * depth, depth, rows, z)
     for x in range(lanes):
         lse[row + x] = top[x] + np.log(total[x])
     for x in range(LANES):
@@ -195,13 +225,13 @@ def _turn(i, blocks):
 
 
 @jit
-def _forward(first, last, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap,
-             causal, shift, out, lse):  # fmt: skip
-    heads, blocks = sizes[0], (sizes[2] + LANES - 1) // LANES
-    for item in range(first, last):
-        head, t = item // blocks, _turn(item % blocks, blocks) * LANES
-        _forward_item(head // heads, head % heads, t, q, k, v, mask, bias, mask_strides,
-                      bias_strides, sizes, scale, cap, causal, shift, out, lse)  # fmt: skip
+def _forward(first, last, q, k, v, mask, bias, mask_strides, bias_strides, sizes, scale, cap, plan,
+             steps, out, lse):  # fmt: skip
+    heads, blocks = sizes[0], plan[0].size
+    for i in range(first, last):
+        head, item = i // blocks, _turn(i % blocks, blocks)
+        _forward_item(head // heads, head % heads, item, q, k, v, mask, bias, mask_strides,
+                      bias_strides, sizes, scale, cap, plan, steps, out, lse)  # fmt: skip
 
 
 @jit
@@ -216,11 +246,13 @@ def _gradient_tile(p, dp, slope, cap, rows):
 
 
 @jit
-def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides,
-                  sizes, scale, cap, causal, shift, dq):  # fmt: skip
-    """dq of 128 queries of one head."""
+def _queries_item(n, h, item, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides,
+                  sizes, scale, cap, plan, steps, dq):  # fmt: skip
+    """dq of one block of queries of one head."""
     heads, groups, queries, keys, width, depth = sizes
-    lanes = min(LANES, queries - t)
+    start, stop, runs, first, last = plan[:5]
+    t, lanes = start[item], stop[item] - start[item]
+    pattern = (n * steps[0] + h * steps[1]) * start.size + item
     key_head = n * groups + h // (heads // groups)
     row = (n * heads + h) * queries + t
     kind = q.dtype
@@ -229,40 +261,41 @@ def _queries_item(n, h, t, q, k, v, dout, lse, delta, mask, bias, mask_strides, 
     z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     logs, deltas, ones = np.empty(LANES, kind), np.empty(LANES, kind), np.ones(LANES, kind)
     part = np.empty(acc.size, kind)
+    low, high = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    _intervals(plan, steps, n, t, lanes, queries, low, high)
     load_lanes(q, row * width, width, lanes, scale, qt)
     load_lanes(dout, row * depth, depth, lanes, kind.type(1), dt)
     load_lanes(lse, row, 1, lanes, kind.type(1), logs)
     load_lanes(delta, row, 1, lanes, kind.type(1), deltas)
     fill(acc, width * LANES, 0)
-    end = min(keys, max(0, t + lanes + shift)) if causal else keys
-    for s in range(0, end, ROWS):
-        rows = min(ROWS, end - s)
-        masks = _block(mask_strides, n, h, t, s, True)
-        if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
-            continue
-        biases = _block(bias_strides, n, h, t, s, True)
-        at = key_head * keys + s
-        _score_tile(z, slope, k, at * width, width, qt, rows, lanes, mask, bias, cap, masks,
-                    biases)  # fmt: skip
-        if causal and s + rows - 1 > t + shift:
-            _causal_tile(z, rows, s - shift - t, 1)
-        for r in range(rows):
-            line, dline = z[r * LANES : (r + 1) * LANES], dz[r * LANES : (r + 1) * LANES]
-            for x in range(LANES):
-                line[x] = exp(line[x] - logs[x])
-                dline[x] = -deltas[x]
-        multiply(v, at * depth, depth, 1, rows, depth, dt, dz)
-        _gradient_tile(z, dz, slope, cap, rows)
-        _add_block(acc, part, ones, k, at * width, width, rows, dz)
+    for run in range(runs[pattern], runs[pattern + 1]):
+        for s in range(first[run], last[run], ROWS):
+            rows, at = min(ROWS, last[run] - s), key_head * keys + s
+            masks = _block(mask_strides, n, h, t, s, True)
+            if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
+                continue
+            biases = _block(bias_strides, n, h, t, s, True)
+            _score_tile(z, slope, k, at * width, width, qt, rows, lanes, mask, bias, cap, masks,
+                        biases)  # fmt: skip
+            _cut_lanes(z, s, rows, lanes, low, high)
+            for r in range(rows):
+                line, dline = z[r * LANES : (r + 1) * LANES], dz[r * LANES : (r + 1) * LANES]
+                for x in range(LANES):
+                    line[x] = exp(line[x] - logs[x])
+                    dline[x] = -deltas[x]
+            multiply(v, at * depth, depth, 1, rows, depth, dt, dz)
+            _gradient_tile(z, dz, slope, cap, rows)
+            _add_block(acc, part, ones, k, at * width, width, rows, dz)
     store_lanes(acc, width, lanes, scale, dq, row * width)
 
 
 @jit
-def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides, sizes,
-               scale, cap, causal, shift, dk, dv, dbias):  # fmt: skip
-    """dk and dv of 128 keys of one key head, over all its query heads; dz itself for the bias."""
+def _keys_item(n, g, item, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides, sizes,
+               scale, cap, plan, steps, dk, dv, dbias):  # fmt: skip
+    """dk and dv of a block of keys of one key head, over all its query heads; dz for the bias."""
     heads, groups, queries, keys, width, depth = sizes
-    lanes = min(LANES, keys - s)
+    start, stop, runs, first, last, low, high = plan
+    s, lanes = start[item], stop[item] - start[item]
     column = (n * groups + g) * keys + s
     kind, share = q.dtype, heads // groups
     kt, vt = np.empty(width * LANES, kind), np.empty(depth * LANES, kind)
@@ -274,60 +307,66 @@ def _keys_item(n, g, s, q, k, v, dout, lse, delta, mask, bias, mask_strides, bia
     load_lanes(v, column * depth, depth, lanes, kind.type(1), vt)
     fill(dkt, width * LANES, 0)
     fill(dvt, depth * LANES, 0)
-    start = max(0, s - shift) if causal else 0
     for h in range(g * share, (g + 1) * share):
-        for t in range(start, queries, ROWS):
-            rows = min(ROWS, queries - t)
-            masks = _block(mask_strides, n, h, t, s, False)
-            if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
-                continue
-            biases = _block(bias_strides, n, h, t, s, False)
-            row = (n * heads + h) * queries + t
-            _score_tile(z, slope, q, row * width, width, kt, rows, lanes, mask, bias, cap, masks,
-                        biases)  # fmt: skip
-            if causal and s + LANES - 1 > t + shift:
-                _causal_tile(z, rows, t + shift - s + 1, -1)
-            for r in range(rows):
-                line, dline = z[r * LANES : (r + 1) * LANES], dz[r * LANES : (r + 1) * LANES]
-                log, negative = lse[row + r], -delta[row + r]
-                for x in range(LANES):
-                    line[x] = exp(line[x] - log)
-                    dline[x] = negative
-            _add_block(dvt, part, ones, dout, row * depth, depth, rows, z)
-            multiply(dout, row * depth, depth, 1, rows, depth, vt, dz)
-            if biases[0] >= 0:
-                _gradient_tile(z, dz, slope, cap - cap, rows)
-                for r in range(rows):
-                    for x in range(lanes):
-                        dbias[(row + r) * keys + s + x] = dz[r * LANES + x]
-                if cap > 0:
-                    for x in range(rows * LANES):
-                        dz[x] *= slope[x]
-            else:
-                _gradient_tile(z, dz, slope, cap, rows)
-            _add_block(dkt, part, ones, q, row * width, width, rows, dz)
+        pattern = (n * steps[0] + h * steps[1]) * start.size + item
+        for run in range(runs[pattern], runs[pattern + 1]):
+            for t in range(first[run], last[run], ROWS):
+                rows = min(ROWS, last[run] - t)
+                masks = _block(mask_strides, n, h, t, s, False)
+                if masks[0] >= 0 and not _mask_any(mask, masks[0], masks[1], masks[2], rows, lanes):
+                    continue
+                biases = _block(bias_strides, n, h, t, s, False)
+                row = (n * heads + h) * queries + t
+                _score_tile(z, slope, q, row * width, width, kt, rows, lanes, mask, bias, cap,
+                            masks, biases)  # fmt: skip
+                _cut_rows(z, s, rows, lanes, low, high, n * steps[2] * queries + t)
+                _weigh(z, dz, lse, delta, row, rows)
+                _add_block(dvt, part, ones, dout, row * depth, depth, rows, z)
+                multiply(dout, row * depth, depth, 1, rows, depth, vt, dz)
+                if biases[0] >= 0:
+                    _gradient_tile(z, dz, slope, cap - cap, rows)
+                    for r in range(rows):
+                        for x in range(lanes):
+                            dbias[(row + r) * keys + s + x] = dz[r * LANES + x]
+                    if cap > 0:
+                        for x in range(rows * LANES):
+                            dz[x] *= slope[x]
+                else:
+                    _gradient_tile(z, dz, slope, cap, rows)
+                _add_block(dkt, part, ones, q, row * width, width, rows, dz)
     store_lanes(dkt, width, lanes, scale, dk, column * width)
     store_lanes(dvt, depth, lanes, kind.type(1), dv, column * depth)
 
 
 @jit
+def _weigh(z, dz, lse, delta, row, rows):
+    """Rows are queries: z becomes the weights exp(z - lse), dz starts from -delta."""
+    for r in range(rows):
+        line, dline = z[r * LANES : (r + 1) * LANES], dz[r * LANES : (r + 1) * LANES]
+        log, negative = lse[row + r], -delta[row + r]
+        for x in range(LANES):
+            line[x] = exp(line[x] - log)
+            dline[x] = negative
+
+
+@jit
 def _backward_queries(first, last, q, k, v, dout, lse, delta, mask, bias, mask_strides,
-                      bias_strides, sizes, scale, cap, causal, shift, dq):  # fmt: skip
-    heads, blocks = sizes[0], (sizes[2] + LANES - 1) // LANES
-    for item in range(first, last):
-        head, t = item // blocks, _turn(item % blocks, blocks) * LANES
-        _queries_item(head // heads, head % heads, t, q, k, v, dout, lse, delta, mask, bias,
-                      mask_strides, bias_strides, sizes, scale, cap, causal, shift, dq)  # fmt: skip
+                      bias_strides, sizes, scale, cap, plan, steps, dq):  # fmt: skip
+    heads, blocks = sizes[0], plan[0].size
+    for i in range(first, last):
+        head, item = i // blocks, _turn(i % blocks, blocks)
+        _queries_item(head // heads, head % heads, item, q, k, v, dout, lse, delta, mask, bias,
+                      mask_strides, bias_strides, sizes, scale, cap, plan, steps, dq)  # fmt: skip
 
 
 @jit
 def _backward_keys(first, last, q, k, v, dout, lse, delta, mask, bias, mask_strides, bias_strides,
-                   sizes, scale, cap, causal, shift, dk, dv, dbias):  # fmt: skip
-    groups, blocks = sizes[1], (sizes[3] + LANES - 1) // LANES
-    for item in range(first, last):
-        head, s = item // blocks, _turn(item % blocks, blocks) * LANES
-        _keys_item(head // groups, head % groups, s, q, k, v, dout, lse, delta, mask, bias,
-                   mask_strides, bias_strides, sizes, scale, cap, causal, shift, dk, dv,
+                   sizes, scale, cap, plan, steps, dk, dv, dbias):  # fmt: skip
+    groups, blocks = sizes[1], plan[0].size
+    for i in range(first, last):
+        head, item = i // blocks, _turn(i % blocks, blocks)
+        _keys_item(head // groups, head % groups, item, q, k, v, dout, lse, delta, mask, bias,
+                   mask_strides, bias_strides, sizes, scale, cap, plan, steps, dk, dv,
                    dbias)  # fmt: skip
 
 
@@ -339,24 +378,45 @@ class _Kernel:
     @staticmethod
     def forward(c, k, out, lse):
         """Fill out and lse; ``k`` holds NaN in the rows nobody may see without becoming NaN."""
-        batch, heads, queries, keys, width, depth = softmax.lengths(c)
+        batch, heads, _, _, width, depth = softmax.lengths(c)
+        by_query, _, steps = _plan(c)
         threads.share(
-            _forward, batch * heads * -(-queries // LANES),
-            2 * batch * heads * queries * keys * (width + depth), c.q.ravel(), k.ravel(),
-            c.v.ravel(), *_common(c), out.ravel(), lse.ravel(),
+            _forward, batch * heads * by_query[0].size,
+            2 * batch * heads * LANES * _walked(by_query) * (width + depth), c.q.ravel(),
+            k.ravel(), c.v.ravel(), *_common(c), by_query, steps, out.ravel(), lse.ravel(),
         )  # fmt: skip
 
     @staticmethod
     def backward(c, dout, lse, delta, dq, dk, dv, dbias):
         """Fill dq, dk, dv and, when there is a bias, dbias (N, H, T, S), which holds zeros."""
-        batch, heads, queries, keys, width, depth = softmax.lengths(c)
+        batch, heads, _, _, width, depth = softmax.lengths(c)
+        by_query, by_key, steps = _plan(c)
         inputs = (c.q, c.k, c.v, dout, lse, delta)
         inputs = (*(x.ravel() for x in inputs), *_common(c))
-        work = 4 * batch * heads * queries * keys * (width + depth)
-        threads.share(_backward_queries, batch * heads * -(-queries // LANES), work, *inputs,
-                      dq.ravel())  # fmt: skip
-        threads.share(_backward_keys, batch * c.k.shape[1] * -(-keys // LANES), work, *inputs,
-                      dk.ravel(), dv.ravel(), dbias.ravel())  # fmt: skip
+        work = 4 * batch * heads * LANES * _walked(by_query) * (width + depth)
+        threads.share(_backward_queries, batch * heads * by_query[0].size, work, *inputs, by_query,
+                      steps, dq.ravel())  # fmt: skip
+        threads.share(_backward_keys, batch * c.k.shape[1] * by_key[0].size, work, *inputs, by_key,
+                      steps, dk.ravel(), dv.ravel(), dbias.ravel())  # fmt: skip
+
+
+def _plan(c):
+    """Both sides of the pattern as the kernels take them, and the steps between patterns."""
+    batch, heads, queries, keys, _, _ = softmax.lengths(c)
+    seen = c.seen
+    if seen is None:
+        align = "upper_left" if c.shift == 0 else "lower_right"
+        seen = plan.interval(queries, keys, causal=c.causal, align=align)
+    plan.fits(seen, batch, heads)
+    ends = seen.low.ravel(), seen.high.ravel()
+    one, other = plan.sides(seen, queries, keys, LANES)
+    return (*one, *ends), (*other, *ends), plan.steps(seen)
+
+
+def _walked(side):
+    """Keys that all blocks of queries walk over, on average over the patterns."""
+    patterns = max((side[2].size - 1) // max(side[0].size, 1), 1)
+    return int(np.sum(side[4] - side[3])) // patterns
 
 
 def _common(c):
@@ -366,14 +426,15 @@ def _common(c):
     return (
         c.mask.ravel(), c.bias.ravel(), softmax.strides(c.mask, c.masked),
         softmax.strides(c.bias, c.biased), (heads, c.k.shape[1], queries, keys, width, depth),
-        kind(c.scale), kind(c.softcap or 0), c.causal, c.shift,
+        kind(c.scale), kind(c.softcap or 0),
     )  # fmt: skip
 
 
 def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
-            bias=None, empty_row="zero"):  # fmt: skip
+            bias=None, empty_row="zero", seen=None):  # fmt: skip
     """Softmax attention on the CPU; arguments and results as in ``kernels.softmax.forward``."""
-    return softmax.forward(_Kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row)
+    return softmax.forward(_Kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row,
+                           seen)  # fmt: skip
 
 
 def backward(dout, cache, dlse=None):
