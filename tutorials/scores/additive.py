@@ -299,38 +299,67 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this score yourself.** Given one query (D,), all keys (S, Dk) and the parameters,
-# return the S scores, without a loop over the keys.
+# **1. Write this backward yourself.** Close the derivation above and fill in the function, without
+# softcap. ``dz`` is the gradient of the scores (3), shape (T, S), and ``u`` holds the hidden units
+# (2), shape (T, S, M). Run the tutorial again: your six gradients are compared with the library's.
 
 
-def my_scores(q, k, Wq, Wk, w, b):
-    """Return z of shape (S,)."""
-    return None
+def my_backward(dz, q, k, Wq, Wk, w, u):
+    """Return dq, dk, dWq, dWk, dw, db."""
+    # solution: return (None,) * 6
+    dx = np.einsum("ts,m,tsm->tsm", dz, w, 1 - u * u)
+    dq = np.einsum("tsm,dm->td", dx, Wq)
+    dk = np.einsum("tsm,dm->sd", dx, Wk)
+    dWq = np.einsum("td,tsm->dm", q, dx)
+    dWk = np.einsum("sd,tsm->dm", k, dx)
+    return dq, dk, dWq, dWk, np.tensordot(dz, u), np.einsum("tsm->m", dx)
+    # end of solution
 
 
-answer = my_scores(q[0], k, Wq, Wk, w, b)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = np.max(np.abs(answer - u[0] @ w))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+shapes = {"q": (3, 4), "k": (5, 6), "v": (5, 2), "Wq": (4, 7), "Wk": (6, 7), "w": (7,), "b": (7,)}
+given = {name: fresh.standard_normal(shape) / 2 for name, shape in shapes.items()}
+_, cache = spec.forward(**given, bias=np.zeros((3, 5)))  # the gradient of the bias is dz
+right = spec.backward(fresh.standard_normal((3, 2)), cache)
+parts = [given[name] for name in ("q", "k", "Wq", "Wk", "w")]
+names = ("q", "k", "Wq", "Wk", "w", "b")
+answer = dict(zip(names, my_backward(right["bias"], *parts, cache.u), strict=True))
+tutorial.exercise(1, answer, {name: right[name] for name in names})
 
 # %%
 # **2. Concat.** Luong et al. write the score as :math:`w \cdot \tanh([q; k]\, W)`, query and key
 # glued together. Which :math:`W` makes it the same? How many multiplications does the glued form
-# need for all pairs, and how many does (1)?
+# need for all pairs before the tanh, and how many does (1)?
+
+# %%
+# **Solution 2.** :math:`W_q` on top of :math:`W_k`: the product of the glued row with this matrix
+# is :math:`q W_q + k W_k`. Glued, each pair multiplies a row of :math:`D + D_k` numbers by
+# :math:`M` columns, :math:`T S (D + D_k) M` multiplications. (1) projects each query and each key
+# once, :math:`(T D + S D_k) M`; a pair then costs sums only.
 
 glued = np.concatenate([np.repeat(q[:, None], S, 1), np.repeat(k[None], T, 0)], axis=-1)
 z = np.tanh(glued @ np.concatenate([Wq, Wk]) + b) @ w
 tutorial.check("exercise 2: the glued form", np.max(np.abs(z - u @ w)), 8 * EPS)
+print(f"exercise 2: {T * S * (D + DK) * M} multiplications glued, {(T * D + S * DK) * M} by (1)")
 
 # %%
 # **3. Signs.** tanh is odd. Show that turning the signs of :math:`W_q, W_k, b` and :math:`w` all
-# at once changes nothing, and count in how many ways the same attention can be written with
-# :math:`M` hidden units, permutations included.
+# at once changes nothing, and that you may do it for some of the hidden units only. In how many
+# ways at least can the same attention be written with :math:`M` different hidden units,
+# permutations included?
 
-turned, _ = spec.forward(q, k, v, -Wq, -Wk, -w, -b, causal=True)
-tutorial.check("exercise 3: turned signs", np.max(np.abs(turned - out)), 8 * EPS)
+# %%
+# **Solution 3.** For one unit: with the signs of its column of :math:`W_q` and :math:`W_k` and of
+# its :math:`b_m` the argument of the tanh changes sign, hence :math:`u_{tsm}`, and with :math:`w_m`
+# the product :math:`u_{tsm} w_m` is what it was. No other unit is touched, which gives
+# :math:`2^M` choices; the sum over the units does not care about their order, which gives
+# :math:`M!`. Together :math:`2^M M!`.
+
+sign, order = rng.choice((-1.0, 1.0), M), rng.permutation(M)
+turned = [(x * sign)[..., order] for x in (Wq, Wk, w, b)]
+same, _ = spec.forward(q, k, v, *turned, causal=True)
+gap = np.max(np.abs(same - spec.forward(q, k, v, Wq, Wk, w, b, causal=True)[0]))
+tutorial.check("exercise 3: turned and shuffled units", gap, 8 * EPS)
 print(f"exercise 3: {2**M * math.factorial(M)} ways for M = {M}")
 
 # %%

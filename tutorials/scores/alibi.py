@@ -271,26 +271,38 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself.** Given dz and the number of queries and keys, return dm for
-# one head.
+# **1. Write this backward yourself.** Given the gradient ``dz`` of the biased scores of one head,
+# T queries in rows and S keys in columns, the last query at the place of the last key: return the
+# gradient of the slope. There is no mask: keys may lie on both sides of a query.
 
 
 def my_dm(dz):
-    """Return the gradient of the slope; dz is (T, S), lower right."""
-    return None
+    """Return dm, a number."""
+    # solution: return None
+    queries, keys = dz.shape
+    along = np.array([np.trace(dz, s_minus_t) for s_minus_t in range(1 - queries, keys)])
+    ahead = np.arange(1 - queries, keys) - (keys - queries)  # of the query, in tokens
+    return -np.abs(ahead) @ along  # all pairs of one distance stand on two diagonals
+    # end of solution
 
 
-dz = p * (dp - np.sum(p * dp, axis=1, keepdims=True))
-answer = my_dm(dz)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = abs(answer - ours["m"])
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal((1, *shape))
+         for name, shape in (("q", (3, 4)), ("k", (5, 4)), ("v", (5, 2)))}  # fmt: skip
+_, cache = spec.forward(**given, m=np.array([0.6]), bias=np.zeros((1, 3, 5)))
+right = spec.backward(fresh.standard_normal((1, 3, 2)), cache)  # the bias receives dz
+tutorial.exercise(1, my_dm(right["bias"][0]), right["m"][0])
 
 # %%
 # **2. A cheaper bias.** The official code adds :math:`+ m\, s` to every row, one vector for all
 # queries. Why are the weights of a causal head the same? What becomes of them without causal?
+
+# %%
+# **Solution 2.** A causal query sees :math:`s \le t + a` only, so
+# :math:`-m\, |t + a - s| = m\, s - m\, (t + a)`. The second term is the same for the whole row and
+# cancels in the softmax. Without causal the two differ for the keys ahead of the query: there the
+# bias :math:`m\, s` goes on growing, so a key :math:`d` tokens ahead is favoured by :math:`m\, d`
+# nats where (2) takes :math:`m\, d` away. The last key of the text gets the largest bonus.
 
 q, k, v = rng.standard_normal((T, D)), rng.standard_normal((S, D)), rng.standard_normal((S, E))
 for causal in (True, False):
@@ -306,9 +318,17 @@ for causal in (True, False):
 # slopes of 8 heads and every second one of 16. Which are they? Between which of the first eight
 # do they lie?
 
+# %%
+# **Solution 3.** Eight heads have :math:`2^{-1}, \dots, 2^{-8}`, sixteen have :math:`2^{-1/2},
+# 2^{-1}, 2^{-3/2}, \dots`. Every second one, from the first: :math:`2^{-1/2}, 2^{-3/2}, 2^{-5/2},
+# 2^{-7/2}`. The first is steeper than all eight; the others are the geometric means of the first
+# and second, the second and third, the third and fourth. Only the steep half becomes denser.
+
 extra = [2.0 ** (-(2 * j + 1) / 2) for j in range(4)]
 error = np.max(np.abs(np.array(alibi_slopes(12)[8:]) - extra))
 tutorial.check("exercise 3: 2^(-1/2), 2^(-3/2), ...", error, EPS)
+means = np.sqrt(np.array(alibi_slopes(8))[:3] * np.array(alibi_slopes(8))[1:4])
+tutorial.check("exercise 3: geometric means", np.max(np.abs(means - extra[1:])), EPS)
 
 # %%
 tutorial.finish(figure)

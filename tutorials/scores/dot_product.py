@@ -480,10 +480,11 @@ tutorial.exercise(1, answer, spec.backward(dout, cache))
 
 # %%
 # **Solution 2.** In (4') the bracket subtracts from :math:`dp` its mean under :math:`p`, so
-# :math:`\sum_s dz_{ts} = \sum_s p_{ts} dp_{ts} - \sum_s p_{ts} \cdot \sum_{s'} p_{ts'} dp_{ts'} = 0`. A
-# vector :math:`a` on all keys adds :math:`c\, q_t \cdot a` to the whole row of scores, which cancels
-# in the softmax; the derivative in that direction, :math:`a \cdot \sum_s dk_s`, is zero for every
-# :math:`a`. A softcap bends each score by another amount, so the row no longer moves as one.
+# :math:`\sum_s dz_{ts} = \sum_s p_{ts} dp_{ts} - \sum_s p_{ts} \sum_{s'} p_{ts'} dp_{ts'} = 0`. A
+# vector :math:`a` on all keys adds :math:`c\, q_t \cdot a` to the whole row of scores, which
+# cancels in the softmax; the derivative in that direction, :math:`a \cdot \sum_s dk_s`, is zero
+# for every :math:`a`. A softcap bends each score by another amount, so the row no longer moves as
+# one.
 
 out, cache = spec.forward(q, k, v)
 shifted, _ = spec.forward(q, k + np.array([1.0, -2.0, 0.5]), v)
@@ -498,9 +499,10 @@ tutorial.check("exercise 2: the sum of dk over the keys", np.max(np.abs(dk.sum(a
 # scores are nearly equal, and how large is :math:`dq = c\, dz\, k` then?)
 
 # %%
-# **Solution 3.** Scores then have the standard deviation :math:`1/\sqrt{D}` and vanish: all weights
-# become :math:`1/S` and the trace tends to :math:`1 - 1/S`. The softmax passes gradients as well as it
-# can, but :math:`dq = c\, dz\, k` is smaller by :math:`\sqrt{D}`: queries and keys learn slowly.
+# **Solution 3.** Scores then have the standard deviation :math:`1/\sqrt{D}` and vanish: all
+# weights become :math:`1/S` and the trace tends to :math:`1 - 1/S`. The softmax passes gradients
+# as well as it can, but :math:`dq = c\, dz\, k` is smaller by :math:`\sqrt{D}`: queries and keys
+# learn slowly.
 
 limit = trace(np.random.default_rng(0), 4096, 1 / 4096, T=50)
 tutorial.check("exercise 3: distance from 1 - 1/64", abs(limit - (1 - 1 / 64)), 1e-4)

@@ -43,6 +43,7 @@ import math
 import numpy as np
 
 import attention_ref
+from attention_ref import engine
 from attention_ref.kit.tutorial import BLUE, GREY, ORANGE, SKY, Tutorial
 
 tutorial = Tutorial(__file__)
@@ -312,41 +313,65 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this score yourself.** Given q, k and c, return z, without a tensor of T S D numbers.
+# **1. Write this backward yourself**, and save memory: given ``dz`` (T, S), any numbers, return
+# :math:`dq` and :math:`dk` of step (2) without a tensor of T S D numbers. (Hint: put the sum
+# :math:`\delta_{ts} = q_t - k_s` into (2') and (1') and take it apart.)
 
 
-def my_scores(q, k, c):
-    """Return z, shape (T, S)."""
-    return None
+def my_backward(dz, q, k, c):
+    """Return dq, shape (T, D), and dk, shape (S, D)."""
+    # solution: return None, None
+    dq = 2 * c * (dz @ k - dz.sum(axis=1)[:, None] * q)
+    dk = 2 * c * (dz.T @ q - dz.sum(axis=0)[:, None] * k)
+    return dq, dk
+    # end of solution
 
 
-answer = my_scores(q, k, c)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = np.max(np.abs(answer - cache.z))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {"q": fresh.standard_normal((3, 4)), "k": fresh.standard_normal((5, 4))}
+dz = fresh.standard_normal((3, 5))
+_, pull = engine.vjp(lambda q, k: -0.6 * np.sum((q[:, None] - k) ** 2, axis=-1), given)
+answer = dict(zip("qk", my_backward(dz, **given, c=0.6), strict=True))
+tutorial.exercise(1, answer, pull(dz))
 
 # %%
-# **2. What the expansion costs.** Move all tokens by :math:`10^7` and compute the distances both
-# ways. How many digits remain of the expanded one?
+# **2. What the expansion costs.** Move all tokens by :math:`10^7` and compute the scores both
+# ways, by differences and by :math:`2 c\, q \cdot k - c\, k \cdot k - c\, q \cdot q`. How many
+# digits should remain of the expanded ones?
+
+# %%
+# **Solution 2.** One at best. The scores are of size 1, but the terms of the expansion are near
+# :math:`10^{14}` and known to 16 digits, that is to a few hundredths, and their sum inherits this
+# error. The differences lose digits once, not twice: a token near :math:`10^7` is known to
+# :math:`10^{-9}`, and its distance to about as much. It is the square that doubles the loss.
 
 moved_q, moved_k = q + 1e7, k + 1e7
 expanded = c * (2 * moved_q @ moved_k.T - np.sum(moved_k**2, 1) - np.sum(moved_q**2, 1)[:, None])
+plain = spec.forward(q, k, v, scale=c)[1].z
 direct = spec.forward(moved_q, moved_k, v, scale=c)[1].z
-print(f"exercise 2: expanded off by {np.max(np.abs(expanded - cache.z)):.1e}, "
-      f"differences by {np.max(np.abs(direct - cache.z)):.1e}")  # fmt: skip
-tutorial.check("exercise 2: the differences keep them", np.max(np.abs(direct - cache.z)), 1e-6)
+print(f"exercise 2: expanded off by {np.max(np.abs(expanded - plain)):.1e}, "
+      f"differences by {np.max(np.abs(direct - plain)):.1e}")  # fmt: skip
+tutorial.check("exercise 2: the differences keep them", np.max(np.abs(direct - plain)), 1e-6)
 
 # %%
 # **3. Who wins?** Show that with tied projections, without bias and mask, every token's largest
 # weight is the one on itself, and that the scores are symmetric although the weights are not.
+
+# %%
+# **Solution 3.** With :math:`q_t = k_t` the score :math:`z_{tt} = 0`, and all others are
+# :math:`-c \lVert k_t - k_s \rVert^2 < 0` unless two tokens are equal; the softmax keeps the order.
+# A distance does not care who asks, so :math:`z_{ts} = z_{st}`. But each row is divided by its own
+# sum: :math:`p_{ts} / p_{st} = Z_s / Z_t` with :math:`Z_t = \sum_s e^{z_{ts}}`. A lonely token has
+# a small :math:`Z` and gives more than it gets.
 
 tied = spec.forward(k, k, k)[1]
 asymmetry = np.max(np.abs(tied.p - tied.p.T))
 print(f"exercise 3: {np.mean(np.argmax(tied.p, axis=1) == np.arange(S)):.0%} prefer themselves, "
       f"the weights differ from their transpose by {asymmetry:.2f}")  # fmt: skip
 tutorial.check("exercise 3: symmetric scores", np.max(np.abs(tied.z - tied.z.T)), 0.0)
+total = np.sum(np.exp(tied.z), axis=1)
+ratio = np.max(np.abs(tied.p / tied.p.T * total[:, None] / total - 1))
+tutorial.check("exercise 3: the ratio of the weights", ratio, 64 * EPS)
 
 # %%
 tutorial.finish(figure)

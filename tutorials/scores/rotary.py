@@ -306,25 +306,45 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself.** Given dy and the angles a, return dx for pairs of halves.
+# **1. Write this backward yourself.** Step (2) for pairs of halves, :math:`\mu = 1`: given the
+# gradient dy of what was turned, x before it was turned, both (T, D), and the angles a, (T, D/2),
+# return dx and da. (Complex numbers make it short.)
 
 
-def my_turn_backward(dy, a):
-    """Return the gradient of what was turned; dy is (T, D), a is (T, D/2)."""
-    return None
+def my_backward(dy, x, a):
+    """Return dx, shape (T, D), and da, shape (T, D/2)."""
+    # solution: return None, None
+    half = a.shape[1]
+    back = (dy[:, :half] + 1j * dy[:, half:]) * np.exp(-1j * a)
+    da = np.imag(np.conj(x[:, :half] + 1j * x[:, half:]) * back)
+    return np.hstack([back.real, back.imag]), da
+    # end of solution
 
 
-dy = rng.standard_normal((T, D))
-answer = my_turn_backward(dy, a_q)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = np.max(np.abs(answer - turn(dy, -a_q)))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {"q": (3, 6), "k": (5, 6), "v": (5, 2), "pos_q": (3,), "pos_k": (5,)}
+given = {name: fresh.standard_normal(shape) for name, shape in given.items()}
+_, cache = spec.forward(**given, scale=0.4)
+dout = fresh.standard_normal((3, 2))
+right, dz = spec.backward(dout, cache), cache.p * (dout @ given["v"].T)
+dz = 0.4 * (dz - cache.p * np.sum(dz, axis=1, keepdims=True))
+answer, expected = {}, {}
+for name, dy in (("q", dz @ cache.k), ("k", dz.T @ cache.q)):  # cache: queries and keys turned
+    dx, da = my_backward(dy, given[name], angles(given[f"pos_{name}"], 6))
+    answer[name], expected[name] = dx, right[name]
+    answer[f"pos_{name}"] = None if da is None else da @ angles(np.ones(1), 6)[0]
+    expected[f"pos_{name}"] = right[f"pos_{name}"]
+tutorial.exercise(1, answer, expected)
 
 # %%
 # **2. The other layout.** Some weights were trained with neighbours as pairs, (0, 1), (2, 3), ...
 # Which permutation of the channels of q and k makes the code for halves give the same scores?
+
+# %%
+# **Solution 2.** The code for halves pairs the channels :math:`i` and :math:`i + R/2`. The old
+# channels :math:`2i` and :math:`2i + 1` must therefore come to these places: first all even
+# channels, then all odd ones. A dot product does not change when both sides are permuted alike, so
+# it is enough to reorder the columns of the projections of q and k once, head by head. Values stay.
 
 order = [0, 2, 4, 1, 3, 5]
 _, neighbours = spec.forward(q, k, v, pos_q, pos_k, interleaved=True)
@@ -334,7 +354,15 @@ tutorial.check("exercise 2: evens, then odds", error, 8 * EPS)
 
 # %%
 # **3. A base for NTK.** Show that :math:`\text{base}' = \text{base} \cdot s^{R/(R-2)}` is the only
-# base whose last frequency, :math:`i = R/2 - 1`, is the old one divided by s.
+# base whose last frequency, :math:`i = R/2 - 1`, is the old one divided by s. What happens to the
+# first one?
+
+# %%
+# **Solution 3.** The last frequency is :math:`\text{base}^{-2 (R/2 - 1)/R} =
+# \text{base}^{-(R-2)/R}`, for :math:`R > 2` a falling function of the base, so there is one
+# solution at most. We want :math:`\text{base}'^{-(R-2)/R} = \text{base}^{-(R-2)/R} / s`; the power
+# :math:`-R/(R-2)` of both sides is :math:`\text{base}' = \text{base} \cdot s^{R/(R-2)}`. The first
+# frequency is :math:`\text{base}^0 = 1` with every base.
 
 last = R // 2 - 1
 new = 10000 * 4 ** (R / (R - 2))

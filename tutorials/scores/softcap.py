@@ -268,35 +268,57 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself.** Given dy, z and the cap, return dz and the sum dcap.
+# **1. Write this backward yourself.** Step (2) with its cap: given dy and z, both (T, S), and the
+# cap, return dz and the number dcap. (A check of your own: if z and the cap are doubled, y is
+# doubled. Euler's theorem then ties dz and dcap together.)
 
 
-def my_cap_backward(dy, z, cap):
-    """Return (dz, dcap)."""
-    return None
+def my_backward(dy, z, cap):
+    """Return dz and dcap."""
+    # solution: return None, None
+    y = cap * np.tanh(z / cap)
+    dz = dy * (cap - y) * (cap + y) / cap**2
+    return dz, (np.vdot(dy, y) - np.vdot(dz, z)) / cap
+    # end of solution
 
 
-answer = my_cap_backward(dy := rng.standard_normal(u.shape), cache.z[0], cap)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    right = (dy * (1 - u**2), np.sum(dy * (u - cache.z[0] / cap * (1 - u**2))))
-    error = max(np.max(np.abs(a - b)) for a, b in zip(answer, right, strict=True))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal((1, *shape))
+         for name, shape in (("q", (3, 4)), ("k", (5, 4)), ("v", (5, 2)))}  # fmt: skip
+_, cache = spec.forward(**given, cap=np.array([0.9]), bias=np.zeros((1, 3, 5)), scale=0.7)
+right = spec.backward(fresh.standard_normal((1, 3, 2)), cache)  # the bias receives dy
+dz, dcap = my_backward(right["bias"][0], cache.z[0], 0.9)
+answer = {"cap": dcap, "q": None if dz is None else 0.7 * dz @ given["k"][0]}
+tutorial.exercise(1, answer, {"cap": right["cap"][0], "q": right["q"][0]})
 
 # %%
 # **2. How large is large enough?** By the series the error of the cap is
 # :math:`z^3 / (3\, \text{cap}^2)`. From which cap on do scores of 10 nats change by less than
 # 0.01? Check with the next term, :math:`2 z^5 / (15\, \text{cap}^4)`.
 
+# %%
+# **Solution 2.** :math:`1000 / (3\, \text{cap}^2) = 0.01` gives :math:`\text{cap} = 182.6`. The
+# series of :math:`y` is :math:`z - z^3 / (3\, \text{cap}^2) + 2 z^5 / (15\, \text{cap}^4)`, so the
+# next term makes the change smaller, by :math:`1.2 \cdot 10^{-5}`: the condition is safe by a
+# tenth of a percent.
+
 enough = math.sqrt(10**3 / (3 * 0.01))
 change = 10 - enough * math.tanh(10 / enough)
 print(f"exercise 2: cap = {enough:.1f}, scores of 10 change by {change:.5f}")
 tutorial.check("exercise 2: less than 0.01", change, 0.01)
+left = 0.01 - 2 * 10**5 / (15 * enough**4) - change
+tutorial.check("exercise 2: after the next term", abs(left), 1e-7)
 
 # %%
 # **3. Two temperatures.** Halve the scale and the cap together. Show that the capped scores are
 # exactly halved, and say what this does to the weights.
+
+# %%
+# **Solution 3.** :math:`\tfrac{\text{cap}}2 \tanh(\tfrac z2 / \tfrac{\text{cap}}2) = \tfrac12\,
+# \text{cap} \tanh(z / \text{cap})`. So :math:`e^{y/2} = \sqrt{e^y}`: the new weights are the
+# square roots of the old ones, divided by their sum, as at temperature 2. They lie nearer to each
+# other, in the same order; their largest ratio is below :math:`e^{\text{cap}}` in place of
+# :math:`e^{2\, \text{cap}}`.
 
 _, full = spec.forward(q, k, v, cap)
 _, half = spec.forward(q, k, v, cap / 2, scale=0.5 / math.sqrt(D))
