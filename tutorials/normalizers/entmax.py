@@ -306,34 +306,42 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself.** Given ``dp``, ``p`` (both (T, S)) and ``alpha``, return
-# ``dz`` (T, S) and the number ``dalpha``.
+# **1. Write this backward yourself.** Given ``dp`` and ``p``, both (T, S), and a number
+# ``alpha`` above 1, return ``dz`` (T, S) and the number ``dalpha``.
 
 
 def my_backward(dp, p, alpha):
     """Return dz and dalpha."""
-    return None
+    # solution: return None, None
+    r, inside = alpha - 1, np.where(p > 0, p, 1.0)
+    w = (p > 0) * inside ** (1 - r)
+    off = dp - np.average(dp, axis=1, weights=w)[:, None]
+    x = r * np.log(inside)  # ln(1 + r u), so r u / (1 + r u) is 1 - e^(-x)
+    return w * off, np.sum(off * p * (-np.expm1(-x) - x)) / r**2
+    # end of solution
 
 
-def grade_exercise(answer_of):
-    """Compare with the library on fresh numbers; the bias receives dz."""
-    rng = np.random.default_rng(11)
-    q, k, v = (rng.standard_normal((1, *shape)) for shape in ((4, 3), (6, 3), (6, 2)))
-    dout = rng.standard_normal((1, 4, 2))
-    _, cache = spec.forward(q, k, v, np.array([1.7]), bias=np.zeros((1, 4, 6)))
-    answer = answer_of((dout @ np.swapaxes(v, 1, 2))[0], cache.p[0], 1.7)
-    if answer is None:
-        return "waits for you"
-    g = spec.backward(dout, cache)
-    error = max(np.max(np.abs(answer[0] - g["bias"][0])), abs(answer[1] - g["alpha"][0]))
-    return "right" if error < 1e-12 else f"off by {error:.2g}"
-
-
-print(f"exercise 1: {grade_exercise(my_backward)}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal((1, *shape))
+         for name, shape in (("q", (4, 3)), ("k", (6, 3)), ("v", (6, 2)))}  # fmt: skip
+dout = fresh.standard_normal((1, 4, 2))
+_, cache = spec.forward(**given, alpha=np.array([1.7]), bias=np.zeros((1, 4, 6)))
+right = spec.backward(dout, cache)  # the bias receives dz
+answer = my_backward(dout[0] @ given["v"][0].T, cache.p[0], 1.7)
+expected = {"z": right["bias"][0], "alpha": right["alpha"][0]}
+tutorial.exercise(1, dict(zip(("z", "alpha"), answer, strict=True)), expected)
 
 # %%
 # **2. The ends of the family.** Show from (3) that :math:`\alpha = 2` is sparsemax with
 # :math:`\tau = \theta - 1`, and that for :math:`\alpha \to 1` the weights become those of softmax.
+
+# %%
+# **Solution 2.** :math:`\alpha = 2`: (3) reads :math:`p_s = [1 + z_s - \theta]_+ = \max(z_s - \tau,
+# 0)` with :math:`\tau = \theta - 1`, and as the sum is 1 in both, :math:`\tau` is the threshold.
+# :math:`\alpha \to 1`: with :math:`r = \alpha - 1`, :math:`[1 + r u]_+^{1/r} \to e^u` for every
+# u, so :math:`p_s \to e^{z_s - \theta}`. By (2) these sum to 1, which makes :math:`\theta` the
+# log-sum-exp. (No weight is lost on the way: :math:`\theta` stays bounded, because the largest
+# weight lies between :math:`1/n` and 1.)
 
 rng = np.random.default_rng(5)
 q, k, v = (rng.standard_normal(shape) for shape in ((5, 4), (7, 4), (7, 3)))
@@ -343,13 +351,30 @@ for a, key in ((1.0, "scores/dot_product"), (2.0, "normalizers/sparsemax")):
     tutorial.check(f"exercise 2: alpha = {a:g} is {key}", np.max(np.abs(mine - other)), 32 * EPS)
 
 # %%
-# **3. Temperature is not alpha.** Dividing the scores by a small temperature makes softmax sharp
+# **3. Temperature is not alpha.** Dividing the scores by a small temperature T makes softmax sharp
 # too. Show that it never gives an exact zero, and that for two keys with a lead of 1 nat
-# :math:`\alpha = 2` does. What does the temperature do to the support of entmax?
+# :math:`\alpha = 2` does. What does the temperature do to the support of entmax? (Hint: let
+# :math:`\theta` be where the base of key n is just zero. When is that too large for a sum of 1?)
+
+# %%
+# **Solution 3.** :math:`e^{z_s / T}` is positive for every T. With :math:`\alpha = 2`, the scores
+# 1 and 0 and :math:`\tau = 0` the weights are 1 and 0, with sum 1. In general the base of key n is
+# zero at :math:`\theta = z_n / T + 1/r`, where the weights sum to
+# :math:`\sum_j [r (z_j - z_n)/T]_+^{1/r}`. The sum falls with :math:`\theta`; so the true
+# :math:`\theta` is smaller, and n is in use, when this sum is below 1:
+#
+# .. math:: T > T_n = r \Bigl( \textstyle\sum_j [z_j - z_n]_+^{1/r} \Bigr)^{r} .
+#
+# Every key has a temperature of its own below which it is out. A small T empties the support down
+# to the best key, a large one fills it. For softmax :math:`r \to 0` and :math:`T_n \to 0`.
 
 for temperature in (2.0, 1.0, 0.5, 0.1):
     rows = weights(z[:200] / temperature, 1.5)
     print(f"exercise 3: alpha 1.5, temperature {temperature}: {np.mean(rows > 0):.3f} in use")
+    ahead = np.maximum(z[:200, None, :] - z[:200, :, None], 0)
+    critical = 0.5 * np.sum(ahead**2, axis=2) ** 0.5
+    wrong = np.sum((rows > 0) != (temperature > critical))
+    tutorial.check("exercise 3: keys on the wrong side of T_n", wrong, 0)
 tutorial.check("exercise 3: sparsemax, lead 1", weights(np.array([[1.0, 0.0]]), 2.0)[0, 1], EPS)
 
 # %%

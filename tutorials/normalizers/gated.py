@@ -305,33 +305,43 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this backward yourself.** Given ``dy`` (T, E), the *gated* output ``y`` (T, E), the
-# element-wise gates ``s`` (T, E) and the tokens ``x`` (T, C), return ``dw_g`` (C, E).
+# gates ``s``, (T, 1) or (T, E), the tokens ``x`` (T, C) and ``w_g``, (C, 1) or (C, E): return
+# ``dx`` and ``dw_g``. It is tried with one gate for the head and with one for each number.
 
 
-def my_backward(dy, y, s, x):
-    """Return dw_g."""
-    return None
+def my_backward(dy, y, s, x, w_g):
+    """Return dx, shape (T, C), and dw_g, the shape of w_g."""
+    # solution: return None, None
+    dg = dy * y - s * dy * y
+    if s.shape[1] == 1:  # one logit for all numbers of the head
+        dg = dg @ np.ones((y.shape[1], 1))
+    return np.einsum("te,ce->tc", dg, w_g), np.einsum("tc,te->ce", x, dg)
+    # end of solution
 
 
-def grade(answer_of):
-    """Compare with the library on fresh numbers."""
-    rng = np.random.default_rng(11)
-    q, k, v, x = (rng.standard_normal(shape) for shape in ((4, 3), (6, 3), (6, 2), (4, 5)))
-    dy = rng.standard_normal((4, 2))
-    out, cache = spec.forward(q, k, v, x, rng.standard_normal((5, 2)))
-    answer = answer_of(dy, out, cache.gate, x)
-    if answer is None:
-        return "waits for you"
-    error = np.max(np.abs(answer - spec.backward(dy, cache)["w_g"]))
-    return "right" if error < 1e-12 else f"off by {error:.2g}"
-
-
-print(f"exercise 1: {grade(my_backward)}")
+fresh, answer, expected = np.random.default_rng(7), {}, {}
+for kind, columns in (("head-wise", 1), ("element-wise", 2)):
+    shapes = ((4, 3), (6, 3), (6, 2), (4, 5), (5, columns))
+    given = [fresh.standard_normal(shape) for shape in shapes]
+    y, cache = spec.forward(*given)
+    dy = fresh.standard_normal((4, 2))
+    right, mine = spec.backward(dy, cache), my_backward(dy, y, cache.gate, *given[3:])
+    answer |= {f"{name}, {kind}": part for name, part in zip(("x", "w_g"), mine, strict=True)}
+    expected |= {f"{name}, {kind}": right[name] for name in ("x", "w_g")}
+tutorial.exercise(1, answer, expected)
 
 # %%
 # **2. A sink is a gate, a gate is no sink.** Show that a gate with the logit
 # :math:`\lambda_t - b`, where :math:`\lambda` is the log-sum-exp of the row, is a sink with logit b
 # (``normalizers/sink``). Which of the two can know that nothing was found?
+
+# %%
+# **Solution 2.** With a sink the weights are :math:`e^{z_s} / (e^b + e^\lambda)`. Split off the
+# weights of softmax, :math:`e^{z_s} / e^\lambda`: the factor that is left,
+# :math:`e^\lambda / (e^b + e^\lambda) = \sigma(\lambda - b)`, is the same for the whole row, a gate
+# on the output. It knows what was found, because :math:`\lambda` is made of the scores. The gate
+# (1) is computed from :math:`x_t` alone, before a single key has been looked at: it knows whether
+# the token wants something, not whether there is something to be had.
 
 rng = np.random.default_rng(5)
 q, k, v = (rng.standard_normal((2, *shape)) for shape in ((5, 4), (7, 4), (7, 3)))
@@ -342,15 +352,30 @@ tutorial.check("exercise 2: gate and sink", np.max(np.abs(mine - sunk)), 32 * EP
 
 # %%
 # **3. What a gate does to rank.** Without a gate the map from values to output is
-# :math:`v \mapsto p\, v W_O`; with x held fixed, superposition holds. Show that it still holds for
-# the gated head in v, but not in x when :math:`v = x W_V` and p is fixed: with one token, p = 1,
-# :math:`o(2x) \ne 2 o(x)`. So :math:`W_V W_O`, of rank at most E, is no longer a linear map.
+# :math:`v \mapsto p\, v W_O`. Show that the gated head is still linear in v when x is held fixed,
+# but not in x when :math:`v = x W_V`, not even with a single token, where p = 1. Without the gate
+# :math:`x \mapsto x W_V W_O` is a linear map of rank at most E. What is left of this?
 
-one = rng.standard_normal((1, 4))
+# %%
+# **Solution 3.** :math:`o = (s \odot p\, v) W_O` with fixed s: two values added give two outputs
+# added. With one token, :math:`o(x) = (\sigma(x W_g) \odot x W_V) W_O`, so :math:`o(2x) =
+# 2\, (\sigma(2 x W_g) \odot x W_V) W_O`, which is :math:`2\, o(x)` only where the gates do not
+# change. No matrix in place of :math:`W_V W_O` does this. The outputs still lie in the E dimensions
+# that the rows of :math:`W_O` span; what is no longer linear is the way there.
+
+rng = np.random.default_rng(6)
+tokens = rng.standard_normal((50, 4))
 w_v, w_g, w_o = (rng.standard_normal(shape) for shape in ((4, 2), (4, 2), (2, 4)))
-single, double = (spec.forward(a, a, a @ w_v, a, w_g, w_o)[0] for a in (one, 2 * one))
-print(f"exercise 3: |o(2x) - 2 o(x)| is {np.max(np.abs(double - 2 * single)):.3f}")
-tutorial.check("exercise 3: not linear", float(np.allclose(double, 2 * single)), 0.5)
+single, double = (
+    np.concatenate([spec.forward(a, a, a @ w_v, a, w_g, w_o)[0] for a in factor * tokens[:, None]])
+    for factor in (1, 2)
+)
+print(f"exercise 3: |o(2x) - 2 o(x)| is up to {np.max(np.abs(double - 2 * single)):.3f}")
+sizes = np.linalg.svd(single, compute_uv=False)
+tutorial.check("exercise 3: the outputs have rank E = 2", sizes[2] / sizes[0], 64 * EPS)
+matrix, *_ = np.linalg.lstsq(tokens, single)
+missed = np.linalg.norm(tokens @ matrix - single) / np.linalg.norm(single)
+print(f"exercise 3: the best linear map from x misses {missed:.0%} of the outputs")
 
 # %%
 tutorial.finish(figure)

@@ -241,44 +241,68 @@ if not tutorial.quick:
 
 def my_backward(dp, p):
     """Return dz and db."""
-    return None
+    # solution: return None, None
+    slope = p - np.square(p)
+    return slope * dp, np.vdot(slope, dp)
+    # end of solution
 
 
-def grade(answer_of):
-    """Compare with the library on fresh numbers; the bias receives dz."""
-    rng = np.random.default_rng(11)
-    q, k, v = (rng.standard_normal((1, *shape)) for shape in ((4, 3), (6, 3), (6, 2)))
-    dout = rng.standard_normal((1, 4, 2))
-    _, cache = spec.forward(q, k, v, np.array([-1.0]), bias=np.zeros((1, 4, 6)))
-    answer = answer_of((dout @ np.swapaxes(v, 1, 2))[0], cache.p[0])
-    if answer is None:
-        return "waits for you"
-    g = spec.backward(dout, cache)
-    error = max(np.max(np.abs(answer[0] - g["bias"][0])), abs(answer[1] - g["b"][0]))
-    return "right" if error < 1e-12 else f"off by {error:.2g}"
-
-
-print(f"exercise 1: {grade(my_backward)}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal((1, *shape))
+         for name, shape in (("q", (4, 3)), ("k", (6, 3)), ("v", (6, 2)))}  # fmt: skip
+dout = fresh.standard_normal((1, 4, 2))
+_, cache = spec.forward(**given, b=np.array([-1.0]), bias=np.zeros((1, 4, 6)))
+right = spec.backward(dout, cache)  # the bias receives dz
+answer = my_backward(dout[0] @ given["v"][0].T, cache.p[0])
+expected = {"z": right["bias"][0], "b": right["b"][0]}
+tutorial.exercise(1, dict(zip("zb", answer, strict=True)), expected)
 
 # %%
 # **2. Softmax as a limit.** Show that for :math:`b \to -\infty` the output divided by the row sum
-# tends to softmax attention, with an error proportional to :math:`e^b`. The check: from b = -6 to
-# b = -8 the error falls by :math:`e^2 = 7.39`.
+# tends to softmax attention, with an error proportional to :math:`e^b`. From b = -6 to b = -8 it
+# should fall by :math:`e^2 = 7.39`.
+
+# %%
+# **Solution 2.** :math:`\sigma(x + b) = e^{x + b} / (1 + e^{x + b}) = e^b e^x (1 - e^b e^x +
+# \dots)`. Divided by the row sum, the factor :math:`e^b` in front cancels. With the weights
+# :math:`\pi_s` of softmax,
+#
+# .. math::
+#
+#    \frac{p_s}{\sum_r p_r}
+#      = \pi_s\, \frac{1 - e^b e^{x_s}}{1 - e^b \sum_r \pi_r e^{x_r}} + \dots
+#      = \pi_s\, \Bigl( 1 - e^b \bigl( e^{x_s} - \textstyle\sum_r \pi_r e^{x_r} \bigr) \Bigr)
+#        + O(e^{2b}),
+#
+# so the output misses that of softmax by :math:`-e^b` times the covariance of :math:`e^x` and v
+# under :math:`\pi`: the largest scores are the first to saturate.
 
 rng = np.random.default_rng(5)
 q, k, v = (rng.standard_normal(shape) for shape in ((5, 4), (7, 4), (7, 3)))
+limit, exact = softmax.forward(q, k, v)
+e = np.exp(q @ k.T / 2)
+mean = np.sum(exact.p * e, axis=1, keepdims=True)
+leading = -(exact.p * (e - mean)) @ v
 errors = []
 for level in (-6.0, -8.0):
     out, cache = spec.forward(q, k, v, level)
-    mean = out / np.sum(cache.p, axis=1, keepdims=True)
-    errors.append(np.max(np.abs(mean - softmax.forward(q, k, v)[0])))
-print(f"exercise 2: errors {errors[0]:.2e} and {errors[1]:.2e}, ratio {errors[0] / errors[1]:.2f}")
-tutorial.check("exercise 2: the ratio is e^2", abs(errors[0] / errors[1] / math.e**2 - 1), 0.02)
+    errors.append(out / np.sum(cache.p, axis=1, keepdims=True) - limit)
+sizes = [np.max(np.abs(x)) for x in errors]
+print(f"exercise 2: errors {sizes[0]:.2e} and {sizes[1]:.2e}, ratio {sizes[0] / sizes[1]:.2f}")
+tutorial.check("exercise 2: the ratio is e^2", abs(sizes[0] / sizes[1] / math.e**2 - 1), 0.02)
+gap = np.max(np.abs(errors[1] / math.exp(-8) - leading)) / np.max(np.abs(leading))
+tutorial.check("exercise 2: the covariance", gap, 0.01)
 
 # %%
 # **3. Where does the logarithm belong?** Somebody computes :math:`\sigma(x) / n` in place of
 # :math:`\sigma(x - \ln n)`. The row sums are bounded too. What is lost? (Hint: how large can one
 # weight become, when one key matters and thousands do not?)
+
+# %%
+# **Solution 3.** :math:`\sigma(x) / n < 1/n`, whatever the score: no key can say more than one
+# n-th, and a key with the score 0 already says half of that. One key that matters drowns among
+# thousands that do not. With the logarithm inside, a weight can come near 1, and the keys with the
+# score 0 get :math:`1/(n + 1)` each, about 1 all together.
 
 peak = np.array([12.0, *np.zeros(4095)])
 inside, outside = weights(peak, -math.log(4096)), weights(peak, 0.0) / 4096

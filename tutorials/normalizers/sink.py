@@ -328,35 +328,43 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this backward yourself.** Given ``dp`` (T, S), ``p`` (T, S) and ``r`` (T, 1), return
-# ``dz`` (T, S) and the number ``db``.
+# ``dz`` (T, S) and the number ``db``; the sink has no value.
 
 
 def my_backward(dp, p, r):
     """Return dz and db."""
-    return None
+    # solution: return None, None
+    p = np.hstack([p, r])  # the sink as one more key, whose value is zero
+    dp = np.hstack([dp, np.zeros_like(r)])
+    dz = p * dp - p * np.einsum("ts,ts->t", p, dp)[:, None]
+    return dz[:, :-1], np.sum(dz[:, -1])
+    # end of solution
 
 
-def grade(answer_of):
-    """Compare with the library on fresh numbers; the bias receives dz."""
-    rng = np.random.default_rng(11)
-    q, k, v = (rng.standard_normal((1, *shape)) for shape in ((4, 3), (6, 3), (6, 2)))
-    dout = rng.standard_normal((1, 4, 2))
-    _, cache = spec.forward(q, k, v, np.array([0.4]), bias=np.zeros((1, 4, 6)))
-    answer = answer_of((dout @ np.swapaxes(v, 1, 2))[0], cache.p[0], cache.p_sink[0][:, None])
-    if answer is None:
-        return "waits for you"
-    g = spec.backward(dout, cache)
-    error = max(np.max(np.abs(answer[0] - g["bias"][0])), abs(answer[1] - g["b"][0]))
-    return "right" if error < 1e-12 else f"off by {error:.2g}"
-
-
-print(f"exercise 1: {grade(my_backward)}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal((1, *shape))
+         for name, shape in (("q", (4, 3)), ("k", (6, 3)), ("v", (6, 2)))}  # fmt: skip
+dout = fresh.standard_normal((1, 4, 2))
+_, cache = spec.forward(**given, b=np.array([0.4]), bias=np.zeros((1, 4, 6)))
+right = spec.backward(dout, cache)  # the bias receives dz
+answer = my_backward(dout[0] @ given["v"][0].T, cache.p[0], cache.p_sink[0][:, None])
+expected = {"z": right["bias"][0], "b": right["b"][0]}
+tutorial.exercise(1, dict(zip("zb", answer, strict=True)), expected)
 
 # %%
 # **2. A sink is a gate.** Let :math:`\lambda` be the log-sum-exp of the keys alone and
 # :math:`\bar o` the output of softmax attention. Show that
 # :math:`o = \bar o\, \sigma(\lambda - b)` with the logistic function :math:`\sigma`. So a kernel
 # for softmax attention that returns its log-sum-exp needs no change to serve a sink.
+
+# %%
+# **Solution 2.** By (2) :math:`e^{\ell} = e^b + e^{\lambda}`. So
+#
+# .. math:: p_s = \frac{e^{z_s}}{e^b + e^{\lambda}}
+#           = \frac{e^{z_s}}{e^{\lambda}} \cdot \frac{e^{\lambda}}{e^b + e^{\lambda}}
+#           = \bar p_s \cdot \frac{1}{1 + e^{b - \lambda}} = \bar p_s\, \sigma(\lambda - b) .
+#
+# The factor is the same for all keys of the row, and (4) is linear in the weights.
 
 rng = np.random.default_rng(5)
 q, k, v = (rng.standard_normal((2, *shape)) for shape in ((5, 4), (7, 4), (7, 3)))
@@ -370,15 +378,22 @@ tutorial.check("exercise 2: gate", np.max(np.abs(gated - plain * gate[..., None]
 # **3. Off by one, and off by more.** Softmax is computed as :math:`e^{z - m}/\sum e^{z - m}` with
 # :math:`m` the largest score. Somebody adds 1 to *this* denominator. What does the function
 # compute, and why is it no longer able to take nothing? (Hint: the largest of the shifted scores
-# is 0. What is the smallest possible row sum?) The check: with the wrong form it is one half.
+# is 0. What is the smallest possible row sum?)
 
-z = rng.normal(-20, 1, (1000, 1))
+# %%
+# **Solution 3.** Multiply by :math:`e^m` above and below: :math:`e^z / (e^m + \sum e^z)`, a sink
+# whose logit is the largest score of the row. It rises and falls with the scores, so their level
+# does nothing again. The shifted exponentials sum to :math:`x \ge 1`, because one of them is 1,
+# and the row sum :math:`x / (1 + x)` is never below one half; it is one half for a single key, or
+# one that leads by far. At least half a helping is always taken.
+
+z = np.random.default_rng(6).normal(-20, 1, (1000, 1))
 shifted = np.exp(z - np.max(z, axis=1, keepdims=True))
 wrong = np.sum(shifted / (1 + np.sum(shifted, axis=1, keepdims=True)), axis=1)
-right = np.sum(normalise(z, 0.0)[0], axis=1)
-print(f"exercise 3: row sums of one key: wrong {np.min(wrong):.2f}, right {np.max(right):.1g}")
+correct = np.sum(normalise(z, 0.0)[0], axis=1)
+print(f"exercise 3: row sums of one key: wrong {np.min(wrong):.2f}, right {np.max(correct):.1g}")
 tutorial.check("exercise 3: the wrong row sum is 1/2", np.max(np.abs(wrong - 0.5)), EPS)
-tutorial.check("exercise 3: the right one is nearly 0", np.max(right), 1e-6)
+tutorial.check("exercise 3: the right one is nearly 0", np.max(correct), 1e-6)
 
 # %%
 tutorial.finish(figure)

@@ -395,29 +395,37 @@ if not tutorial.quick:
 
 def my_backward(dp, p):
     """Return dz."""
-    return None
+    # solution: return None
+    average = np.mean(dp, axis=1, keepdims=True, where=p > 0)
+    return np.sign(p) * (dp - average)
+    # end of solution
 
 
-def grade(answer_of):
-    """Compare with the library on fresh numbers; the bias receives dz."""
-    rng = np.random.default_rng(11)
-    q, k, v = (rng.standard_normal(shape) for shape in ((4, 3), (6, 3), (6, 2)))
-    dout = rng.standard_normal((4, 2))
-    _, cache = spec.forward(q, k, v, bias=np.zeros((4, 6)))
-    answer = answer_of(dout @ v.T, cache.p)
-    if answer is None:
-        return "waits for you"
-    error = np.max(np.abs(answer - spec.backward(dout, cache)["bias"]))
-    return "right" if error < 1e-12 else f"off by {error:.2g}"
-
-
-print(f"exercise 1: {grade(my_backward)}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal(shape)
+         for name, shape in (("q", (4, 3)), ("k", (6, 3)), ("v", (6, 2)))}  # fmt: skip
+dout = fresh.standard_normal((4, 2))
+_, cache = spec.forward(**given, bias=np.zeros((4, 6)))
+right = spec.backward(dout, cache)["bias"]  # the bias receives dz
+tutorial.exercise(1, my_backward(dout @ given["v"].T, cache.p), right)
 
 # %%
 # **2. The second form of the loss.** Put :math:`p_j = z_j - \tau` on the support into
 # :math:`p \cdot z - \tfrac12 \lVert p \rVert^2 - y \cdot z + \tfrac12 \lVert y \rVert^2` and use
-# that :math:`p` and :math:`y` sum to 1. Where does :math:`(\tau - z_j)_+` come from? The check
-# compares both forms.
+# that :math:`p` and :math:`y` sum to 1. Where does :math:`(\tau - z_j)_+` come from? Why is the
+# loss zero for :math:`p = y` only?
+
+# %%
+# **Solution 2.** Subtract :math:`\tfrac12 \lVert p - y \rVert^2`: what remains is
+# :math:`p \cdot z - \lVert p \rVert^2 + p \cdot y - y \cdot z = (p - y) \cdot (z - p)`. The
+# entries of :math:`p - y` sum to 0, so we may take :math:`\tau` off every entry of :math:`z - p`:
+#
+# .. math:: \textstyle\sum_j (p_j - y_j)(z_j - p_j - \tau) .
+#
+# On the support the second bracket is 0. Outside, :math:`p_j = 0` and :math:`z_j \le \tau`, which
+# leaves :math:`y_j (\tau - z_j) = y_j (\tau - z_j)_+`; on the support :math:`(\tau - z_j)_+ = 0`.
+# Both terms of the second form are not negative, and the first is zero for :math:`p = y` only;
+# then y has no entry outside of the support, and the second is zero as well.
 
 rng = np.random.default_rng(5)
 z, y = rng.standard_normal((200, 6)), rng.dirichlet(np.ones(6), size=200)
@@ -430,8 +438,21 @@ tutorial.check("exercise 2: both forms", np.max(np.abs(first - second)), 32 * EP
 # **3. How far may a key fall behind?** Show that a key whose score lies at least 1 below the best
 # one never gets a weight, whatever the others do (hint: :math:`p_{(1)} \le 1`). So the scale
 # matters more than for softmax: with :math:`c = 1/\sqrt{D}` and standard normal queries and keys
-# the scores have variance 1 whatever D is. How does the size of the support change when the scale
-# is doubled?
+# the scores have variance 1 whatever D is. When exactly is key n in the support, and how does the
+# size of the support change when the scale is doubled?
+
+# %%
+# **Solution 3.** :math:`p_{(1)} = z_{(1)} - \tau \le 1`, so :math:`\tau \ge z_{(1)} - 1`, and a
+# score that is not above :math:`z_{(1)} - 1` is not above :math:`\tau`. The condition for n keys,
+# :math:`1 + n z_{(n)} > \sum_{j \le n} z_{(j)}`, says that the leads over key n sum to less than 1:
+#
+# .. math:: \textstyle\sum_j (z_j - z_n)_+ < 1 .
+#
+# Twice the scale doubles all leads, so they must sum to less than one half at the old scale: keys
+# leave, none comes back. If the best scores are spaced as in an exponential tail, with mean excess
+# :math:`\beta`, the leads over the n-th sum to :math:`\beta (n - 1)` on average, and the number of
+# keys beside the best is inversely proportional to the scale. The tail of the normal distribution
+# is nearly of this kind, and the numbers below come near.
 
 rng = np.random.default_rng(6)
 q, k = rng.standard_normal((500, 64)), rng.standard_normal((256, 64))
@@ -441,6 +462,8 @@ for factor in (0.5, 1.0, 2.0):
     behind = np.max(z, axis=1, keepdims=True) - z >= 1
     print(f"exercise 3: scale {factor} / sqrt(D): {np.mean(cache.support.sum(1)):.1f} of 256 keys")
     tutorial.check("exercise 3: weight 1 or more behind", np.max(cache.p[behind]), 0.0)
+    leads = np.sum(np.maximum(z[:20, None, :] - z[:20, :, None], 0), axis=2)
+    tutorial.check("exercise 3: leads below 1", np.sum((leads < 1) != cache.support[:20]), 0)
 
 # %%
 tutorial.finish(figure)
