@@ -453,9 +453,53 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. A rule of your own.** Give ``Number`` a function ``tanh`` with its slope
-# :math:`1 - \tanh^2 x`, differentiate :math:`\tanh(x y)` at :math:`x = 0.3, y = -2` and compare
-# with the formula. Then give ``Array`` the rule of ``np.tanh``.
-#
+# :math:`1 - \tanh^2 x`, and write the pulls of ``np.tanh`` for ``Array``, in the form of ``PULLS``.
+# The first is tried on :math:`\tanh(x y)`, the second on attention with a softcap.
+
+
+def my_tanh(x):
+    """The hyperbolic tangent of a Number."""
+    # solution: return None
+    value = math.tanh(x.value)
+    return Number(value, x.tape, [(x.place, 1 - value * value)])
+    # end of solution
+
+
+def my_pulls(out, a):
+    """The list of pulls of np.tanh, one for its one argument."""
+    # solution: return None
+    return [lambda g: g - g * out * out]
+    # end of solution
+
+
+def capped(q, k, v):
+    """Attention with scores that stay between -1.5 and 1.5."""
+    e = np.exp(1.5 * np.tanh(q @ np.transpose(k) / 1.5))
+    return (e / np.sum(e, axis=1, keepdims=True)) @ v
+
+
+fresh, answer, tape = np.random.default_rng(7), {}, []
+x, y = (Number(value, tape) for value in fresh.standard_normal(2))
+cosh = math.cosh(x.value * y.value)
+expected = {"of x": y.value / cosh**2, "of y": x.value / cosh**2}
+number = my_tanh(x * y)
+if number is not None:
+    bar = read_backwards(number)
+    answer = {"of x": bar[x.place], "of y": bar[y.place]}
+
+shapes = {"q": (3, 4), "k": (5, 4), "v": (5, 2)}
+arrays = {name: fresh.standard_normal(shape) for name, shape in shapes.items()}
+up = fresh.standard_normal((3, 2))
+_, cache = spec.forward(**arrays, scale=1.0, softcap=1.5)
+expected |= spec.backward(up, cache)
+if my_pulls(np.zeros(1), np.zeros(1)) is not None:
+    PULLS[np.tanh], tape = my_pulls, []
+    traced = {name: Array(value, tape) for name, value in arrays.items()}
+    bar = pull_back(capped(**traced), up)
+    answer |= {name: bar[traced[name].place] for name in arrays}
+tutorial.exercise(1, answer, expected)
+
+# %%
 # **2. Where is the error?** The backward below was derived by somebody in a hurry: one factor
 # is missing. Which of the three gradients is wrong, and what is missing? The table tells the
 # first.
@@ -476,12 +520,29 @@ for name in given:
     print(f"exercise 2: d{name} deviates by {0.0 if size < 1e-12 else size:.2f}")
 
 # %%
+# **Solution 2.** :math:`z_{ts} = c\, q_t \cdot k_s`, so :math:`dk_s = c \sum_t dz_{ts}\, q_t`: the
+# scale is missing in dk. With :math:`c = \tfrac12` the wrong one is twice the right one, a
+# deviation of 1.00. A model would train with it, at another rate for its keys, and nobody would
+# notice.
+
+error = np.max(np.abs(0.5 * wrong["k"] - right_one["k"]))
+tutorial.check("exercise 2: dk with the scale", error, 64 * EPS)
+
+# %%
 # **3. One-sided differences.** The formula of the textbooks, :math:`(f(x+h) - f(x))/h`, has an
 # error of first order. Which :math:`h` is best, and how many digits does it leave? (Balance
 # :math:`h` against :math:`\varepsilon/h`, then try it with :math:`e^x` at :math:`x = 1`.)
 
-one_sided = min(abs((math.exp(1 + h) - math.e) / h - math.e) for h in sizes)
-tutorial.check("exercise 3: the best one-sided difference", one_sided, 1e-7)
+# %%
+# **Solution 3.** Taylor: the error of the formula is :math:`\tfrac h2 f''`, that of rounding about
+# :math:`\varepsilon f / h`. For :math:`e^x` all derivatives are equal, so relative to :math:`f'`
+# the sum is :math:`\tfrac h2 + \varepsilon / h`, smallest at :math:`h = \sqrt{2 \varepsilon}
+# \approx 2 \cdot 10^{-8}`, where it is :math:`\sqrt{2 \varepsilon}` too: half of the digits, about
+# eight. Luck with the rounding may give one or two more.
+
+one_sided = np.array([abs((math.exp(1 + h) - math.e) / h / math.e - 1) for h in sizes])
+print(f"exercise 3: best h {sizes[np.argmin(one_sided)]:.0e}, error {np.min(one_sided):.0e}")
+tutorial.check("exercise 3: the best one-sided difference", np.min(one_sided), math.sqrt(2 * EPS))
 
 # %%
 tutorial.finish(figure)

@@ -275,42 +275,74 @@ if not tutorial.quick:
 #
 # Exercises
 # ---------
-# **1. Write this score yourself.** Fill in the rollout, without calling the library's.
+# **1. Write this score yourself.** Fill in the rollout, without calling the library's. The maps are
+# those of a model that drops weights in training: their rows do not sum to 1. The loop has a weight
+# r above 0.
 
 
 def my_rollout(maps, residual):
     """R of equation (2); maps have the shape (L, H, T, T)."""
-    return None
+    # solution: return None
+    tokens = np.arange(maps.shape[-1])
+    share = np.eye(len(tokens))
+    for heads in maps[::-1]:  # from the last layer down to the input
+        layer = np.sum(heads, axis=0) * ((1 - residual) / len(heads))
+        layer[tokens, tokens] += residual
+        share = share @ (layer / layer.sum(axis=1)[:, None])
+    return share
+    # end of solution
 
 
-maps = np.random.default_rng(5).dirichlet(np.full(6, 0.5), size=(4, 3, 6))
-answer = my_rollout(maps, 0.3)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    gap = np.max(np.abs(answer - attention_flow_score(maps, residual=0.3)))
-    tutorial.check("exercise 1: your rollout", gap, 1e-14)
+fresh = np.random.default_rng(7)
+maps = fresh.dirichlet(np.full(6, 0.5), size=(4, 3, 6)) * (fresh.random((4, 3, 6, 6)) < 0.8)
+tutorial.exercise(1, my_rollout(maps.copy(), 0.3), attention_flow_score(maps, residual=0.3))
 
 # %%
 # **2. A flow of 1 that a rollout does not see.** Build two layers on T tokens, r = 0, in which
 # :math:`F_{0j} = 1` for *every* j and :math:`R_{0j} = 1/T`. (Let token 0 look at all tokens, and
 # each of them at all tokens. Which of the two bounds (6) is tight?)
 
-T2 = 6
-answer = {m: attention_flow_score(np.full((2, 1, T2, T2), 1 / T2), method=m, residual=0.0)
-          for m in ("rollout", "flow")}  # fmt: skip
-tutorial.check("exercise 2: flow", np.max(np.abs(answer["flow"] - 1)), 1e-14)
-tutorial.check("exercise 2: rollout", np.max(np.abs(answer["rollout"] - 1 / T2)), 1e-15)
+# %%
+# **Solution 2.** All arcs have the weight :math:`1/T`. From :math:`(2, 0)` to :math:`(0, j)` there
+# are T paths, one through each token in between. They share no arc and each carries :math:`1/T`,
+# together 1, which is both all that leaves :math:`(2, 0)` and all that enters :math:`(0, j)`: the
+# upper bound is tight. The rollout splits what has arrived at each token in between among all T
+# tokens below, and only the T-th part of it goes on to j.
+
+side = 6
+even = np.full((2, 1, side, side), 1 / side)
+found = {m: attention_flow_score(even, method=m, residual=0.0) for m in ("rollout", "flow")}
+tutorial.check("exercise 2: flow", np.max(np.abs(found["flow"] - 1)), 1e-14)
+tutorial.check("exercise 2: rollout", np.max(np.abs(found["rollout"] - 1 / side)), 1e-15)
 
 # %%
 # **3. Under a causal mask the first tokens gather.** Uniform causal attention, six layers, r = 1/2:
 # show that :math:`R_{T-1,j}` falls with j up to the last but one, and find how much of the last
-# token comes from token 0. What does this say about rankings by rollout in language models?
+# token comes from token 0. What becomes of it with ever more layers? What does this say about
+# rankings by rollout in language models?
 
-causal = np.tril(np.ones((6, 1, 8, 8)))
-row = attention_flow_score(causal / causal.sum(-1, keepdims=True))[-1]
+# %%
+# **Solution 3.** Follow the last row downwards: x before a layer and y after it are related by
+# :math:`y_j = \tfrac12 x_j + \tfrac12 \sum_{i \ge j} x_i / (i + 1)`, because token i shares itself
+# out evenly among :math:`0, \dots, i`. Hence
+#
+# .. math:: y_j - y_{j+1} = \tfrac12 (x_j - x_{j+1}) + \tfrac12\, \frac{x_j}{j + 1}
+#           \qquad (j + 1 \le T - 2) .
+#
+# If x falls up to the place :math:`T - 2`, so does y, and at the start :math:`x_0 = \dots = x_{T-2}
+# = 0`. In words: an early token has more readers. Token 0 reads nobody else, so what has come to it
+# stays there. The part of a row on the other tokens shrinks like :math:`(3/4)^L`: the layer is
+# triangular, with :math:`\tfrac12 + \tfrac12 / (i + 1)` on the diagonal, and 3/4 is the largest of
+# these below 1. With ever more layers everything seems to come from token 0. All this without a
+# single thing looked at: a ranking in a causal model should be compared with that of uniform maps.
+
+causal = np.tril(np.ones((100, 1, 8, 8)))
+causal /= causal.sum(-1, keepdims=True)
+row = attention_flow_score(causal[:6])[-1]
 print("exercise 3: last row", row.round(3).tolist())
 tutorial.check("exercise 3: it falls", np.max(np.diff(row[:-1])), 0)
+rest = [1 - attention_flow_score(causal[:depth])[-1, 0] for depth in (49, 50)]
+tutorial.check("exercise 3: like (3/4)^L", abs(rest[1] / rest[0] - 0.75), 1e-3)
 
 # %%
 tutorial.finish(figure)

@@ -314,36 +314,67 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself**: from the gradients of the *repeated* keys, of shape (H, S,
-# D), to those of the shared keys.
+# **1. Write this backward yourself.** Close the derivation above and fill in the function, without
+# softcap, bias and mask. ``dout`` is (H, T, E), ``p`` (H, T, S); ``q``, ``k`` and ``v`` have the
+# shapes of the definition. (It is shortest head by head.)
 
 
-def my_backward(dk_repeated, groups):
-    """Return dk of shape (G, S, D)."""
-    return None
+def my_backward(dout, q, k, v, p, c):
+    """Return dq (H, T, D), dk (G, S, D) and dv (G, S, E)."""
+    # solution: return None, None, None
+    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    for h in range(len(q)):
+        g = h * len(k) // len(q)  # who is asked
+        dp = dout[h] @ v[g].T
+        dz = c * p[h] * (dp - np.einsum("ts,ts->t", p[h], dp)[:, None])
+        dq[h] = dz @ k[g]
+        dk[g] += dz.T @ q[h]
+        dv[g] += p[h].T @ dout[h]
+    return dq, dk, dv
+    # end of solution
 
 
-answer = my_backward(repeated["k"], G)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = np.max(np.abs(answer - theirs["k"]))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal(shape)
+         for name, shape in (("q", (6, 4, 7)), ("k", (3, 5, 7)), ("v", (3, 5, 2)))}  # fmt: skip
+up = fresh.standard_normal((6, 4, 2))
+_, cache = spec.forward(**given, scale=0.5)
+answer = dict(zip("qkv", my_backward(up, **given, p=cache.p, c=0.5), strict=True))
+tutorial.exercise(1, answer, spec.backward(up, cache))
 
 # %%
 # **2. One head with more queries.** For :math:`G = 1` show that the :math:`H \cdot T` queries can
 # be stacked into a single head without changing any output. Why does this need no mask, and what
 # must happen to a causal mask?
 
+# %%
+# **Solution 2.** The output of a query depends on this query and on the keys and values, never on
+# other queries: (2) to (4) work row by row. With :math:`G = 1` all rows of all heads see the same
+# keys, so they may stand in one table in any order, and nothing has to be hidden. A causal mask
+# knows a query by its row. Row :math:`hT + t` of the stack must get row t of the mask: repeat the
+# mask H times, one below the other.
+
 out, _ = spec.forward(q, k[:1], v[:1])
 stacked, _ = softmax.forward(q.reshape(1, H * T, D), k[:1], v[:1])
 error = np.max(np.abs(out - stacked.reshape(out.shape)))
 tutorial.check("exercise 2: stacked queries", error, 8 * EPS)
+past = np.arange(S) <= np.arange(T)[:, None] + (S - T)
+out, _ = spec.forward(q, k[:1], v[:1], causal=True)
+stacked, _ = softmax.forward(q.reshape(1, H * T, D), k[:1], v[:1], mask=np.tile(past, (H, 1)))
+error = np.max(np.abs(out - stacked.reshape(out.shape)))
+tutorial.check("exercise 2: with the mask repeated", error, 8 * EPS)
 
 # %%
 # **3. A wrong order.** Some programs share in turns, :math:`g(h) = h \bmod G`, instead of (1).
 # Loading weights of one kind into a program of the other kind raises no error. Which permutation
-# of the query heads repairs it?
+# of the query heads repairs it, and what else must be permuted?
+
+# %%
+# **Solution 3.** Put together what shares a key: first all heads with :math:`h \bmod G = 0`, then
+# those with 1, and so on. At place i then stands the head :math:`(i \bmod n)\, G + \lfloor i / n
+# \rfloor` with :math:`n = H / G`, and (1) gives this place the group :math:`\lfloor i / n \rfloor`,
+# which is that head modulo G. Permute the query projections of the heads, and in the same way the
+# rows of the output projection that belong to them; keys and values stay where they are.
 
 turns, _ = softmax.forward(q, np.tile(k, (H // G, 1, 1)), np.tile(v, (H // G, 1, 1)))
 order = np.arange(H).reshape(H // G, G).T.ravel()

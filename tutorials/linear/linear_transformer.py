@@ -317,37 +317,42 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this backward yourself.** Causal, *not* normalised, identity features: the output is
-# ``np.tril(q @ k.T) @ v``. Return the three gradients.
+# ``np.tril(q @ k.T) @ v``. Return the three gradients. (With a state or without, as you like.)
 
 
 def my_backward(do, q, k, v):
     """Return dq, dk, dv."""
-    return None
+    # solution: return None, None, None
+    dq, dk, dv = (np.empty_like(x) for x in (q, k, v))
+    state = np.zeros((q.shape[1], v.shape[1]))
+    for t in range(len(q)):  # what stands before the query
+        state += np.outer(k[t], v[t])
+        dq[t] = state @ do[t]
+    state = np.zeros_like(state)
+    for s in reversed(range(len(k))):  # who comes after the key
+        state += np.outer(q[s], do[s])
+        dk[s], dv[s] = state @ v[s], k[s] @ state
+    return dq, dk, dv
+    # end of solution
 
 
-def grade(backward):
-    """Compare with the library on fresh numbers; returns the errors, or None."""
-    rng = np.random.default_rng(7)
-    q, k, v = rng.standard_normal((3, 5, 4))
-    do = rng.standard_normal((5, 4))
-    _, cache = spec.forward(q, k, v, causal=True, normalise=False, feature_map="identity")
-    answer = backward(do, q, k, v)
-    if answer is None:
-        return None
-    right = spec.backward(do, cache)
-    return {n: float(np.max(np.abs(a - right[n]))) for n, a in zip("qkv", answer, strict=True)}
-
-
-answer = grade(my_backward)
-if answer is None:
-    print("exercise 1: waits for you")
-for name, error in (answer or {}).items():
-    print(f"exercise 1: d{name} {'is right' if error < 1e-12 else f'is off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal(shape)
+         for name, shape in (("q", (6, 3)), ("k", (6, 3)), ("v", (6, 4)))}  # fmt: skip
+up = fresh.standard_normal((6, 4))
+_, cache = spec.forward(**given, causal=True, normalise=False, feature_map="identity")
+answer = dict(zip("qkv", my_backward(up, **given), strict=True))
+tutorial.exercise(1, answer, spec.backward(up, cache))
 
 # %%
 # **2. Where linear attention is softmax attention.** Let :math:`D = 1` and all queries and keys be
 # negative. Show that the output is that of softmax attention with the scores :math:`k_s`, whatever
 # the query says.
+
+# %%
+# **Solution 2.** Below zero :math:`\phi(x) = e^x`, so :math:`z_{ts} = e^{q_t} e^{k_s}`. In (3) the
+# factor :math:`e^{q_t}` stands above and below and cancels: :math:`p_{ts} = e^{k_s} / \sum_{s'}
+# e^{k_{s'}}`. With one channel a query can be larger or smaller, and has nothing to choose.
 
 q, k, v = -rng.random((4, 1)), -rng.random((6, 1)), rng.standard_normal((6, 2))
 one, _ = spec.forward(q, k, v)
@@ -358,6 +363,14 @@ tutorial.check("exercise 2: the same output", np.max(np.abs(one - two)), 16 * EP
 # **3. A factor that cancels.** Multiply :math:`\phi(q_t)` by a positive number that depends on
 # :math:`t`: nothing changes. May the factor of :math:`\phi(k_s)` depend on :math:`s`? The library
 # uses this freedom: how, and why does it need to for a query like :math:`(-2000, -1000)`?
+
+# %%
+# **Solution 3.** A factor :math:`a_s` of the key multiplies its weight in the sum and in the
+# denominator, :math:`p_{ts} \propto a_s z_{ts}`: it cancels only when it is the same for all keys.
+# The features of the query are :math:`e^{-2000}` and :math:`e^{-1000}`, both 0 in floating point,
+# and (3) would be 0/0. When all channels of a query are negative, the library divides its features
+# by :math:`e^{\max_i q_{ti}}`: here they become :math:`e^{-1000}` and 1, that is 0 and 1. The
+# second channel decides, and the keys have the features 1 and 3 in it.
 
 q = np.array([[-2000.0, -1000.0]])
 k, v = np.array([[5.0, 0.0], [7.0, 2.0]]), np.array([[0.0], [4.0]])

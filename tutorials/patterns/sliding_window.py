@@ -255,40 +255,70 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this neighbourhood yourself.** Return the boolean table of (1) for :math:`T` queries
-# and :math:`S` keys, with dilation and a list of global places.
+# **1. Write this backward yourself**, query by query, so that no table of all pairs of gradients is
+# formed. The window reaches ``left`` tokens back and ``right`` ahead, without dilation and global
+# tokens; :math:`T` and :math:`S` may differ. ``p`` is (T, S), 0 outside of the window.
 
 
-def my_window(T, S, left, right, dilation, chosen):
-    """Return a (T, S) array, True = query t sees key s."""
-    return None
+def my_backward(dout, q, k, v, p, c, left, right):
+    """Return dq, dk, dv."""
+    # solution: return None, None, None
+    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    for t in range(len(q)):
+        place = t + len(k) - len(q)
+        seen = slice(max(place - left, 0), max(place + right + 1, 0))
+        weight, dp = p[t, seen], v[seen] @ dout[t]
+        dz = c * weight * (dp - weight @ dp)
+        dq[t] = dz @ k[seen]
+        dk[seen] += np.outer(dz, q[t])
+        dv[seen] += np.outer(weight, dout[t])
+    return dq, dk, dv
+    # end of solution
 
 
-answer = my_window(5, 7, 4, 2, 2, [1, 3])
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    x, y = np.zeros((5, 1)), np.zeros((7, 1))
-    options = {"left": 4, "right": 2, "dilation": 2, "global_tokens": np.array([1, 3])}
-    right = np.array_equal(answer, spec.forward(x, y, y, **options)[1].p > 0)
-    print(f"exercise 1: {'right' if right else 'not yet'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal(shape)
+         for name, shape in (("q", (7, 4)), ("k", (9, 4)), ("v", (9, 3)))}  # fmt: skip
+up = fresh.standard_normal((7, 3))
+_, cache = spec.forward(**given, left=2, right=1, scale=0.6)
+mine = my_backward(up, **given, p=cache.p, c=0.6, left=2, right=1)
+tutorial.exercise(1, dict(zip("qkv", mine, strict=True)), spec.backward(up, cache))
 
 # %%
 # **2. Two interleaved texts.** With :math:`d = 2` even places see even ones only. Show that this is
-# an ordinary window on the even tokens, and another one on the odd tokens.
+# an ordinary window on the even tokens, and another one on the odd tokens. How far do these reach?
+
+# %%
+# **Solution 2.** Token t sees s when :math:`s - t` is even and between :math:`-l` and :math:`r`, so
+# both places are even or both are odd. Number the even tokens :math:`t = 2t'` (the odd ones
+# :math:`t = 2t' + 1`): then :math:`-l/2 \le s' - t' \le r/2`, a window of :math:`\lfloor l/2
+# \rfloor` and :math:`\lfloor r/2 \rfloor` tokens. The two texts never meet, in no layer of this
+# kind.
 
 out, _ = spec.forward(q, k, v, left=4, right=2, dilation=2)
-even, _ = spec.forward(q[::2], k[::2], v[::2], left=2, right=1)
-tutorial.check("exercise 2: the even tokens", np.max(np.abs(out[::2] - even)), 8 * EPS)
+for name, part in (("even", slice(0, None, 2)), ("odd", slice(1, None, 2))):
+    alone, _ = spec.forward(q[part], k[part], v[part], left=2, right=1)
+    error = np.max(np.abs(out[part] - alone))
+    tutorial.check(f"exercise 2: the {name} tokens", error, 8 * EPS)
 
 # %%
 # **3. A causal global token.** Make the *first* token global in a causal model and look at the
 # gradient of the last output after two layers. Everybody sees the first token; why does it not help
 # the others to get through? What does help?
 
+# %%
+# **Solution 3.** A global token is a relay: it must see what it passes on. In a causal model the
+# first token sees only itself. It reaches everybody and has nothing to tell but itself. What helps
+# is a global token between: one at the place g collects everything up to g in the first layer, and
+# in the second all later tokens see it. Let every so many tokens be global, or take more layers.
+
 rng = np.random.default_rng(0)
-size = sensitivity(rng, 2, left=3, right=0, global_tokens=np.array([0]), causal=True)
-print("exercise 3: tokens that reach the end:", np.flatnonzero(size).tolist())
+for chosen in (0, 20):
+    size = sensitivity(rng, 2, left=3, right=0, global_tokens=np.array([chosen]), causal=True)
+    reached = np.flatnonzero(size)
+    print(f"exercise 3: token {chosen} global, these reach the end:", reached.tolist())
+    expected = [*range(chosen + 1), *range(LENGTH - 7, LENGTH)]
+    tutorial.check("exercise 3: as expected", float(reached.tolist() != expected), 0)
 
 # %%
 tutorial.finish(figure)

@@ -322,55 +322,67 @@ if not tutorial.quick:
 # ---------
 # **1. Write this backward yourself.** One token, no gate, :math:`c = 1`: the output is
 # :math:`S^\top q` with :math:`S = S_0 + b\, k\, (v - S_0^\top k)^\top`. Return the gradients of
-# :math:`k` and :math:`b`.
+# :math:`k`, :math:`b` and :math:`S_0`. (Try to write the output without S first.)
 
 
 def my_backward(do, q, k, v, b, S0):
-    """Return dk, db."""
-    return None
+    """Return dk, db, dS0."""
+    # solution: return None, None, None
+    match, miss = k @ q, v - k @ S0  # the output is q S0 + b match miss
+    dk = b * ((miss @ do) * q - match * (S0 @ do))
+    return dk, match * (miss @ do), np.outer(q - b * match * k, do)
+    # end of solution
 
 
-def grade(backward):
-    """Compare with the library on fresh numbers; returns the errors, or None."""
-    rng = np.random.default_rng(7)
-    q, k, v, S0 = (rng.standard_normal(n) for n in ((1, 3), (1, 3), (1, 2), (3, 2)))
-    do, b = rng.standard_normal((1, 2)), np.array([0.6])
-    out, cache = spec.forward(q, k, v, b, state=S0, scale=1.0)
-    answer = backward(do[0], q[0], k[0], v[0], 0.6, S0)
-    if answer is None:
-        return None
-    right = spec.backward(out._replace(out=do, state=None), cache)
-    pairs = zip("kb", answer, strict=True)
-    return {name: float(np.max(np.abs(a - right[name][0]))) for name, a in pairs}
-
-
-answer = grade(my_backward)
-if answer is None:
-    print("exercise 1: waits for you")
-for name, error in (answer or {}).items():
-    print(f"exercise 1: d{name} {'is right' if error < 1e-12 else f'is off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+q1, k1, v1, start1 = (fresh.standard_normal(n) for n in ((1, 4), (1, 4), (1, 3), (4, 3)))
+up, b1 = fresh.standard_normal((1, 3)), fresh.uniform(0.2, 1, 1)
+one, cache = spec.forward(q1, k1, v1, b1, state=start1, scale=1.0)
+theirs = spec.backward(one._replace(out=up, state=None), cache)
+dk, db, dstart = my_backward(up[0], q1[0], k1[0], v1[0], float(b1[0]), start1)
+expected = {"k": theirs["k"][0], "b": theirs["b"][0], "S0": theirs["state"]}
+tutorial.exercise(1, {"k": dk, "b": db, "S0": dstart}, expected)
 
 # %%
 # **2. A mirror.** Show that :math:`I - b\, k k^\top` with a unit key has the eigenvalue
 # :math:`1 - b` in the direction of :math:`k` and 1 in all others. For which :math:`b` is it a
 # projection, for which a reflection? What does writing with :math:`v = 0, b = 2` twice do?
 
+# %%
+# **Solution 2.** :math:`(I - b\, k k^\top) k = k - b\, k (k \cdot k) = (1 - b)\, k`, and a vector
+# :math:`w` with :math:`k \cdot w = 0` stays: :math:`D - 1` eigenvalues 1. With :math:`b = 1` the
+# part along k is removed, a projection; with :math:`b = 2` it changes its sign, a reflection. (With
+# :math:`b = 0` nothing happens.) Writing :math:`v = 0` multiplies the memory by this matrix, by (2)
+# and (3), and two equal reflections are the identity: the memory is what it was.
+
 unit = np.array([[0.6, 0.8]])
 kwargs = {"q": np.repeat(unit, 2, 0), "k": np.repeat(unit, 2, 0), "v": np.zeros((2, 1))}
 before = np.array([[1.0], [3.0]])
 (_, after), _ = spec.forward(**kwargs, b=np.array([2.0, 2.0]), state=before)
 tutorial.check("exercise 2: two reflections", np.max(np.abs(after - before)), 16 * EPS)
+for strength in (0.5, 1.0, 2.0):
+    sizes = np.linalg.eigvalsh(np.eye(2) - strength * unit.T @ unit)
+    error = np.max(np.abs(sizes - [1 - strength, 1]))
+    tutorial.check(f"exercise 2: eigenvalues for b = {strength}", error, 16 * EPS)
 
 # %%
 # **3. Too much gate.** With orthonormal keys and :math:`b = 1` the memory is exact. Let
 # :math:`a = 0.9` at every token. How large is the answer for a key that was written :math:`n`
-# tokens ago? How long must a value live if it is to lose less than half of itself?
+# tokens ago? After how many tokens has a value lost half of itself, and which a would keep half of
+# it for 1000 tokens?
+
+# %%
+# **Solution 3.** Each later token multiplies the memory by 0.9, and its own writing touches another
+# direction: the answer is :math:`0.9^n v`. It is one half at :math:`n = \ln \tfrac12 / \ln 0.9 =
+# 6.6`, so a value lives six tokens. For N tokens :math:`a = 2^{-1/N}`, which for 1000 is 0.9993: a
+# gate that is to remember must stand very close to 1.
 
 keys = np.eye(8)
 (_, state), _ = spec.forward(keys, keys, np.ones((8, 1)), np.ones(8), np.full(8, 0.9))
 expected = 0.9 ** np.arange(7, -1, -1)
 tutorial.check("exercise 3: powers of 0.9", np.max(np.abs(state[:, 0] - expected)), 16 * EPS)
 print(f"exercise 3: half of it is left after {math.log(0.5) / math.log(0.9):.1f} tokens")
+print(f"exercise 3: a = {2 ** (-1 / 1000):.5f} keeps half of it for 1000 tokens")
 
 # %%
 tutorial.finish(figure)
