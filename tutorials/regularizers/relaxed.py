@@ -334,26 +334,46 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this backward yourself**: the gradient of :math:`\gamma`, one number a query, from
-# ``dout``, the output of the softmax alone and the mean of the visible values.
+# **1. Write this backward yourself**, steps (3') and (2') together: from ``dp`` and the softmax
+# ``pi``, both (T, S), the shares ``gamma``, (T, 1), and ``live``, (T, S), which is True where a key
+# is visible. Every query sees at least one key.
 
 
-def my_dgamma(dout, softmax_out, mean):
-    """Return dgamma of shape (T, 1)."""
-    return None
+def my_backward(dp, pi, gamma, live):
+    """Return dz, shape (T, S), and dgamma, shape (T, 1)."""
+    # solution: return None, None
+    sharp = np.einsum("ts,ts->t", pi, dp)[:, None]  # means of dp: under the softmax,
+    flat = np.mean(dp, axis=1, keepdims=True, where=live)  # and over the visible keys
+    return (1 - gamma) * pi * (dp - sharp), flat - sharp
+    # end of solution
 
 
-answer = my_dgamma(dout, sharp, even @ v)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    error = np.max(np.abs(answer - theirs["gamma"]))
-    print(f"exercise 1: {'right' if error < 1e-12 else f'off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+given = {name: fresh.standard_normal(shape)
+         for name, shape in (("q", (4, 3)), ("k", (6, 3)), ("v", (6, 2)))}  # fmt: skip
+given |= {"gamma": fresh.random((4, 1)), "mask": fresh.random((4, 6)) < 0.6}
+given["mask"][:, 0] = True
+up = fresh.standard_normal((4, 2))
+_, cache = spec.forward(**given, bias=np.zeros((4, 6)))
+right = spec.backward(up, cache)  # the bias receives dz
+mine = my_backward(up @ given["v"].T, cache.softmax, given["gamma"], given["mask"])
+expected = {"z": right["bias"], "gamma": right["gamma"]}
+tutorial.exercise(1, dict(zip(("z", "gamma"), mine, strict=True)), expected)
 
 # %%
 # **2. A certain gain in entropy.** Show that the entropy of :math:`p` is at least that of
 # :math:`\pi`. (Entropy is concave: the entropy of a mixture is at least the mixture of the
-# entropies, and no row has more than :math:`\ln n`.)
+# entropies, and no row has more than :math:`\ln n`.) When are they equal?
+
+# %%
+# **Solution 2.** By (3), p is a mixture of :math:`\pi` and of even weights over n keys, whose
+# entropy is :math:`\ln n`. So
+#
+# .. math:: H(p) \;\ge\; (1 - \gamma)\, H(\pi) + \gamma \ln n
+#           \;\ge\; (1 - \gamma)\, H(\pi) + \gamma\, H(\pi) = H(\pi) .
+#
+# Entropy is strictly concave: they are equal only for :math:`\gamma = 0` or even :math:`\pi`. The
+# scores are held fixed here; a model that learns may raise them and take the entropy back.
 
 
 def entropy_of(p):
@@ -362,7 +382,7 @@ def entropy_of(p):
 
 
 lower = (1 - gamma[:, 0]) * entropy_of(pi) + gamma[:, 0] * np.log(live.sum(axis=1))
-gaps = [np.max(entropy_of(pi) - entropy_of(p)), np.max(lower - entropy_of(p))]
+gaps = [np.max(entropy_of(pi) - lower), np.max(lower - entropy_of(p))]
 tutorial.check("exercise 2: both bounds hold", max(gaps), 4 * EPS)
 
 # %%
@@ -371,11 +391,18 @@ tutorial.check("exercise 2: both bounds hold", max(gaps), 4 * EPS)
 # padding. Which part of the weight leaks to them, and what does a mask after (3) do to the sum of
 # the row?
 
+# %%
+# **Solution 3.** Every position gets :math:`\gamma / N` with the padded length N, so the padding
+# gets the part :math:`\gamma` times its share of the positions: :math:`\gamma / 2`. A mask after
+# (3) takes this away, and the row sums to :math:`1 - \gamma / 2`: the outputs of short sequences
+# shrink, more so the more they are padded. The same text gives another output in another batch.
+
 pad = np.arange(8) < 4
-row = core.softmax_forward(rng.standard_normal((1, 8)), pad)[0][0]
+row = core.softmax_forward(np.random.default_rng(5).standard_normal((1, 8)), pad)[0][0]
 wrong = (1 - 0.3) * row + 0.3 / 8
 print(f"exercise 3: {np.sum(wrong[~pad]):.3f} of the weight lies on padding")
 tutorial.check("exercise 3: half of gamma leaks", abs(np.sum(wrong[~pad]) - 0.15), 4 * EPS)
+tutorial.check("exercise 3: what a mask leaves", abs(np.sum(wrong[pad]) - 0.85), 4 * EPS)
 
 # %%
 tutorial.finish(figure)

@@ -296,40 +296,54 @@ if not tutorial.quick:
 # %%
 # Exercises
 # ---------
-# **1. Write this edit yourself.** One causal map, all of (1) to (5). The library checks it on ten
-# maps.
+# **1. Write this backward yourself.** One causal map p, (T, T); ``sinks``, (T,), is True for the
+# keys in Z, which you hold fixed; ``d`` is the gradient of the edited map. Return the gradient of
+# p. What is hidden stays hidden: entries above the diagonal get 0. (It becomes shorter when you
+# first write (5) with :math:`s_t = \sum_{j \in Z} p_{tj}` in place of m and u.)
 
 
-def my_edit(p, beta, threshold):
-    """Return the edited map, shape (T, T)."""
-    return None
+def my_backward(d, p, sinks, beta):
+    """Return dp, shape (T, T)."""
+    # solution: return None
+    s, r = p @ sinks, p @ ~sinks
+    pull = (1 - beta) * ((d * p) @ ~sinks) / r  # what one unit of weight on a sink would bring
+    stay = d * (1 + (1 - beta) * s / r)[:, None] - (pull * s / r)[:, None]
+    return np.tril(np.where(sinks, beta * d + pull[:, None], stay))
+    # end of solution
 
 
-def grade(edit):
-    """Largest difference from the library, or None."""
-    worst = 0.0
-    for p in planted(np.random.default_rng(3), 10)[0]:
-        answer = edit(p.copy(), 0.3, 0.08)
-        if answer is None:
-            return None
-        right, _ = spec.edit(p, beta=0.3, threshold=0.08)
-        worst = max(worst, float(np.max(np.abs(answer - right))))
-    return worst
-
-
-error = grade(my_edit)
-print("exercise 1: waits for you" if error is None else f"exercise 1: off by {error:.2g}")
+fresh = np.random.default_rng(7)
+scores = fresh.standard_normal((9, 9)) + 4 * np.isin(np.arange(9), (0, 3, 6))
+p = np.exp(scores) * np.tri(9)
+p /= p.sum(axis=1, keepdims=True)
+_, cache = spec.edit(p, beta=0.3, threshold=0.2)
+print("exercise 1: Z is", np.flatnonzero(cache.sinks).tolist())
+d = fresh.standard_normal(p.shape)
+tutorial.exercise(1, my_backward(d, p, cache.sinks.ravel(), 0.3), spec.backward(d, cache)["p"])
 
 # %%
 # **2. How far can it go?** Show from (5) that an informative key with weight :math:`x` ends at
 # :math:`x (1 + (1 - \beta) s / r)`, where :math:`s` is the weight of all sinks in :math:`Z` and
 # :math:`r = 1 - s`, and that at :math:`\beta = 0` this is the softmax over the keys outside
-# :math:`Z`. The check does the second part.
+# :math:`Z`. By which factor can a key gain at most?
+
+# %%
+# **Solution 2.** By (4) :math:`m = (1 - \beta) s`; put it into (5). At :math:`\beta = 0` the factor
+# is :math:`1 + s / r = 1 / r`, and :math:`x / r = e^z / \sum_{j \notin Z} e^{z_j}`, as if the sinks
+# had been masked. The factor falls when :math:`\beta` grows, so :math:`1 / r = 1 / (1 - s)` is the
+# most: with half of the weight on sinks nothing more than doubles.
 
 p = planted(np.random.default_rng(4), 1)[0]
-out, cache = spec.edit(p, beta=0.0)
+for beta in (0.0, 0.4):
+    out, cache = spec.edit(p, beta=beta)
+    s = np.sum(np.where(cache.sinks, p, 0), axis=-1, keepdims=True)
+    factor = 1 + (1 - beta) * s / (1 - s)
+    error = np.max(np.abs(out - np.where(cache.sinks, beta, factor) * p))
+    tutorial.check(f"exercise 2: the factor at beta = {beta}", error, 8 * EPS)
+    print(f"exercise 2: the most that a key gains is {np.max(factor):.2f} times its weight")
 alone = np.where(cache.sinks, 0, p)
 alone /= alone.sum(axis=-1, keepdims=True)
+out, _ = spec.edit(p, beta=0.0)
 tutorial.check("exercise 2: beta = 0 renormalises", np.max(np.abs(out - alone)), 8 * EPS)
 
 # %%
@@ -337,11 +351,22 @@ tutorial.check("exercise 2: beta = 0 renormalises", np.max(np.abs(out - alone)),
 # itself the weight :math:`\tfrac12`; nobody else sees it. Is it a sink for the threshold 0.4?
 # Should it be? What would you use instead of the mean?
 
+# %%
+# **Solution 3.** Its column holds one entry, so (1) gives :math:`\tfrac12 > 0.4`, and as key 0 is
+# above the threshold too, Z is this token alone. It should not be: a sink draws weight from *nearly
+# all others*, and nobody but itself has ever looked at it. The mean over :math:`n_j` entries says
+# the less the smaller :math:`n_j` is, and the last keys of every text are judged by a few rows, of
+# which one is their own. Leave the diagonal out of (1), and judge only keys that some number of
+# other queries have seen; or ask for a share of the queries above the threshold, not for a mean.
+
 p = np.zeros((4, 4))
 p[:3, :3] = by_hand
 p[3] = [0.2, 0.2, 0.1, 0.5]
 _, cache = spec.edit(p, threshold=0.4)
 print("exercise 3: sinks", np.flatnonzero(cache.sinks).tolist())
+tutorial.check("exercise 3: Z is token 3", np.sum(cache.sinks.ravel() != (np.arange(4) == 3)), 0)
+others = np.tril(p, -1).sum(axis=0) / np.maximum(np.arange(3, -1, -1), 1)
+print("exercise 3: means without the diagonal", others.round(3).tolist())
 
 # %%
 tutorial.finish(figure)

@@ -293,33 +293,53 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this score yourself.** Give the slope to the writes only: :math:`z_s = [a_s = w](c + a
-# s)` and 0 for everything else. Which of (5), (6), (7) change? Fill in the function; it is tried
-# on sequences of the language with long gaps.
+# s)` and 0 for everything else. Which of (5), (6), (7) change? Fill in the function; a head with
+# your score answers all reads of sequences with long gaps and is compared with the machine of two
+# states.
 
 
 def my_score(write, place, c, slope):
     """Scores of all pairs; ``write`` is boolean, ``place`` counts from 0, both of shape (n,)."""
-    return None
+    # solution: return None
+    return write * (c + slope * place)
+    # end of solution
 
 
-def grade(score, c=5.0, slope=LN2):
-    """Share of wrong reads of a head with that score, or None."""
-    sample = flip_flop_generate(np.random.default_rng(7), T=120, p_i=0.9, B=60)
+def answers(score, sample, c=5.0, slope=1.0):
+    """Bits that a head with that score answers to all reads, or None."""
     word, bits = sample.tokens[:, 0::2], sample.tokens[:, 1::2]
-    wrong = total = 0
+    found = []
     for line, value in zip(word, np.where(bits == TOKENS["1"], 1.0, -1.0), strict=True):
         for j in np.flatnonzero(line == TOKENS["r"]):
             z = score(line[:j] == TOKENS["w"], np.arange(j), c, slope)
             if z is None:
                 return None
-            wrong += (np.sum(np.exp(z - np.max(z)) * value[:j]) > 0) != (value[j] > 0)
-            total += 1
-    return wrong / total
+            found.append(np.sum(np.exp(z - np.max(z)) * value[:j]) > 0)
+    return np.where(found, TOKENS["1"], TOKENS["0"])
 
 
-share = grade(my_score)
-print("exercise 1: waits for you" if share is None else f"exercise 1: wrong {share:.1%}")
-print(f"exercise 1: the head of (4) is wrong in {grade(lambda w, s, c, a: c * w + a * s):.1%}")
+sample = flip_flop_generate(np.random.default_rng(7), T=120, p_i=0.9, B=60)
+right = flip_flop_solve(sample.tokens)[sample.judged]
+tutorial.exercise(1, answers(my_score, sample), right)
+share = np.mean(answers(lambda w, s, c, a: c * w + a * s, sample) != right)
+print(f"exercise 1: the head of (4) is wrong in {share:.1%}")
+
+# %%
+# **Solution 1.** Let the last write stand at place m. No pair before it can weigh more than a write
+# at its place, so at worst all are writes of the other bit; with :math:`a = \ln 2` they weigh
+# :math:`e^c (1 + 2 + \dots + 2^{m-1}) = e^c (2^m - 1)` against :math:`e^c 2^m`. What is left,
+# :math:`e^c`, meets g ignored pairs of weight 1: right while :math:`g < e^c`. (6) is still what the
+# slope needs, but (5) now holds for all sequences, and (7) is gone: the reach is exponential again.
+# The price is in the scores, which grow with the length of the text: see exercise 2.
+
+longest = reach = 0
+while reach == longest:
+    longest += 1
+    write = np.arange(4 + longest) < 4  # three writes of 0, a write of 1, then noise of 0
+    z = write * (3.0 + LN2 * np.arange(4 + longest))
+    reach += np.exp(z[3]) > np.sum(np.exp(z)) / 2
+print(f"exercise 1: at worst, c = 3, right up to {reach} pairs")
+tutorial.check("exercise 1: as (5) says", abs(reach - math.floor(math.exp(3))), 0)
 
 # %%
 # **2. Bounded scores must fail.** Let all scores lie between :math:`-M` and :math:`M`. Show that
@@ -327,21 +347,40 @@ print(f"exercise 1: the head of (4) is wrong in {grade(lambda w, s, c, a: c * w 
 # trained or not, is wrong on some sequence with :math:`g > e^{2M}`. How large must :math:`M` be
 # for :math:`g = 10^6`?
 
+# %%
+# **Solution 2.** The write has at most :math:`e^M`, each of the g pairs after it at least
+# :math:`e^{-M}`: its weight is at most :math:`e^M / (e^M + g e^{-M})`. For :math:`g > e^{2M}` that
+# is less than one half, and if all other bits are the opposite one, the output has the wrong sign.
+# This holds whatever the scores depend on. For :math:`g = 10^6` we need
+# :math:`M \ge \tfrac12 \ln 10^6 = 6.91` nats. The bound is sharp: the scores c and 0 lie within
+# :math:`M = c/2` of :math:`c/2`, a shift that the softmax does not see, and reach :math:`e^c`.
+
 print(f"exercise 2: M = {math.log(1e6) / 2:.2f} nats")
 single = encode("w1" + "i0" * 20 + "r1")
-assert text(flip_flop_head(single, c=math.log(20.5))[0][0])[-1] == "1"
-assert text(flip_flop_head(single, c=math.log(19.5))[0][0])[-1] == "0"
+for c, answer in ((math.log(20.5), "1"), (math.log(19.5), "0")):
+    said = text(flip_flop_head(single, c=c)[0][0])[-1]
+    print(f"exercise 2: 20 pairs, e^c = {math.exp(c):.1f}: the head says {said}")
+    tutorial.check("exercise 2: as expected", float(said != answer), 0)
 
 # %%
 # **3. Why only the judged bits?** A model answers all judged bits wrongly and tosses a coin
-# elsewhere. What is its error over *all* bits for :math:`p_i = 0.98`, and how far is that from a
-# perfect model's? (The share of reads among the pairs is :math:`0.01`, plus the last one.)
+# elsewhere. What is its error over *all* bits for :math:`p_i = 0.98` and :math:`T = 512`, and how
+# far is that from a perfect model's?
+
+# %%
+# **Solution 3.** Of the 256 pairs the first is a write, the last a read, and each of the others a
+# read with probability 0.01: the share of reads is :math:`\rho = (254 \cdot 0.01 + 1) / 256`. On
+# the other bits half of the guesses are wrong. The worst model has the error
+# :math:`\tfrac12 (1 - \rho) + \rho`, a perfect one :math:`\tfrac12 (1 - \rho)`: the whole
+# difference between always and never is :math:`\rho`, little more than one percent.
 
 pairs = 256
 reads = (0.01 * (pairs - 2) + 1) / pairs
 bad, best = 0.5 * (1 - reads) + reads, 0.5 * (1 - reads)
 print(f"exercise 3: error over all bits {bad:.4f} for the worst, {best:.4f} for the best")
 tutorial.check("exercise 3: the difference is the share of reads", bad - best - reads, 1e-15)
+counted = flip_flop_generate(np.random.default_rng(8), T=512, p_i=0.98, B=200).judged[:, 1::2]
+print(f"exercise 3: share of reads {reads:.4f}, counted in 200 sequences {counted.mean():.4f}")
 
 # %%
 tutorial.finish(figure)

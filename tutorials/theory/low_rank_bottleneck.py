@@ -338,21 +338,27 @@ if not tutorial.quick:
 # ---------
 # **1. Write this construction yourself**, for :math:`d_k = n - 1`: find a basis of the vectors that
 # sum to zero, and use (3) with it. (Any orthonormal basis B with :math:`J = B B^\top` will do:
-# :math:`W_k = B^\top X^+`, :math:`W_q = \sqrt{d_k}\, B^\top \log P\, X^+`. Why?)
+# :math:`W_k = B^\top X^+`, :math:`W_q = \sqrt{d_k}\, B^\top \log P\, X^+`. Why?) Your basis need
+# not be the library's: what is compared is the map that your matrices give, and their shape.
 
 
 def my_construct(X, P):
     """W_q and W_k of shape (n - 1, d), where X is (d, n) and P is (n, n)."""
-    return None
+    # solution: return None, None
+    n = P.shape[1]
+    basis = np.linalg.svd(np.eye(n) - 1 / n)[0][:, : n - 1]  # singular values 1, ..., 1, 0
+    back = np.linalg.pinv(X)
+    return math.sqrt(n - 1) * basis.T @ np.log(P) @ back, basis.T @ back
+    # end of solution
 
 
-X, P = rng.standard_normal((7, 5)), softmax_columns(rng.standard_normal((5, 5)))
-answer = my_construct(X, P)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    assert answer[0].shape == answer[1].shape == (4, 7)
-    tutorial.check("exercise 1", worst(low_rank_bottleneck_map(X, *answer), P), 1e-12)
+fresh = np.random.default_rng(7)
+X, P = fresh.standard_normal((7, 5)), softmax_columns(fresh.standard_normal((5, 5)))
+W_q, W_k = my_construct(X, P)
+answer = None
+if W_q is not None:
+    answer = {"map": low_rank_bottleneck_map(X, W_q, W_k), "shape": np.shape(W_q)}
+tutorial.exercise(1, answer, {"map": P, "shape": np.array((4, 7))})
 
 # %%
 # **2. Shared taste.** All queries share one opinion about keys, up to its strength:
@@ -360,9 +366,21 @@ else:
 # :math:`\operatorname{rank} C` when every query has the *same* map and :math:`b = 1`? And when may
 # it be 0?
 
-P = softmax_columns(np.outer(rng.standard_normal(6), rng.uniform(0.5, 2, 6)))
+# %%
+# **Solution 2.** The logits :math:`Z = a\, b^\top` have rank 1: a head whose key i is the number
+# :math:`a_i` and whose query j is :math:`b_j` draws the map. (With independent tokens there are
+# such weights: :math:`W_k = a^\top X^+`, :math:`W_q = b^\top X^+`.) :math:`C = (J a)\, b^\top` has
+# rank 1 also for :math:`b = 1`, where all columns of P are equal: the queries need not differ, but
+# the keys must. It is 0 when :math:`J a = 0`, all entries of a being equal, or :math:`b = 0`; in
+# general exactly when P is uniform.
+
+taste = np.random.default_rng(5)
+P = softmax_columns(np.outer(taste.standard_normal(6), taste.uniform(0.5, 2, 6)))
 sizes = np.linalg.svd(centred_logits(P), compute_uv=False)
 tutorial.check("exercise 2: the second singular value of C", sizes[1], 1e-14)
+same = softmax_columns(np.outer(taste.standard_normal(6), np.ones(6)))
+sizes = np.linalg.svd(centred_logits(same), compute_uv=False)
+print(f"exercise 2: the same map for all: singular values {sizes[0]:.2f} and {sizes[1]:.0e}")
 flat = np.full((6, 6), 1 / 6)
 tutorial.check("exercise 2: uniform attention has C = 0", worst(centred_logits(flat), 0), 1e-15)
 
@@ -371,10 +389,20 @@ tutorial.check("exercise 2: uniform attention has C = 0", worst(centred_logits(f
 # :math:`X = (1, 0)`: whatever the weights, token 1 as a query sees both keys alike. Prove it from
 # (1), and say which maps of two tokens remain.
 
+# %%
+# **Solution 3.** Token 1 is the zero vector, so its query :math:`W_q x_1` is zero and
+# :math:`Z_{01} = Z_{11} = 0`: the second column is :math:`(\tfrac12, \tfrac12)`. Its key is zero
+# too, so :math:`Z_{10} = 0`, while :math:`Z_{00} = W_k \cdot W_q / \sqrt{d_k}` may be any number:
+# the first column is :math:`(x, 1 - x)` with any x between 0 and 1. One number is free; two
+# independent tokens have two.
+
+draw = np.random.default_rng(6)
 for _ in range(3):
-    W_q, W_k = rng.standard_normal((2, 4, 1))
+    W_q, W_k = draw.standard_normal((2, 4, 1))
     found = low_rank_bottleneck_map(np.array([[1.0, 0.0]]), W_q, W_k)
     tutorial.check("exercise 3: the second column is 1/2, 1/2", worst(found[:, 1], 0.5), 1e-15)
+wanted = low_rank_bottleneck_map(np.array([[1.0, 0.0]]), np.eye(1), math.log(9) * np.eye(1))
+tutorial.check("exercise 3: x = 9/10", worst(wanted, [[0.9, 0.5], [0.1, 0.5]]), 1e-15)
 
 # %%
 tutorial.finish(figure)

@@ -409,27 +409,43 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this step yourself**, forward form, with a gradient and nothing else. It is tried on a
-# loss of fourth degree.
+# loss of fourth degree, for several parameter vectors at once.
 
 
 def my_step(theta, gradient, eta, gamma, eps):
     """One step; ``gradient(theta)`` has the shape of theta."""
-    return None
+    # solution: return None
+    here = gradient(theta)
+    ahead = gradient(theta + eps * here)
+    share = gamma / eps
+    return theta - eta * ((1 - share) * here + share * ahead)
+    # end of solution
 
 
-given = rng.standard_normal((2, 5))
-answer = my_step(given, lambda x: quartic_gradient(x, **curved), 0.1, 0.3, 0.2)
-if answer is None:
-    print("exercise 1: waits for you")
-else:
-    tutorial.check("exercise 1", worst(answer, step(given, curved, eps=0.2)), 1e-13)
+fresh = np.random.default_rng(7)
+square = fresh.standard_normal((4, 4))
+loss = {"matrix": square @ square.T, "weight": fresh.random(4)}
+given, options = fresh.standard_normal((3, 4)), {"eta": 0.1, "gamma": 0.3, "eps": 0.2}
+answer = my_step(given, lambda x: quartic_gradient(x, **loss), **options)
+right = gradient_regularization_step(given, quartic_gradient, **options, **loss)
+tutorial.exercise(1, answer, right)
 
 # %%
 # **2. Flooding.** To keep the training loss near a level, go down once with rate :math:`\eta` and
 # then up once with the same rate. Show that the two steps together move :math:`\theta` by
 # :math:`-\eta^2 \Delta_B` with :math:`\epsilon = \eta`: whoever floods regularises the gradient.
 
-point, eta = given[0], 0.05
+# %%
+# **Solution 2.** Down: :math:`\theta_1 = \theta - \eta g`. Up: :math:`\theta_2 = \theta_1 + \eta\,
+# \nabla L(\theta_1)`. Together
+#
+# .. math:: \theta_2 - \theta = -\eta\, \bigl( g - \nabla L(\theta - \eta g) \bigr)
+#           = -\eta^2 \Delta_B \quad\text{with } \epsilon = \eta .
+#
+# By (4) :math:`\Delta_B \approx Hg`, the gradient of :math:`\tfrac12 \lVert \nabla L \rVert^2`: the
+# pair is one step of descent on this, in the backward form, at the rate :math:`\eta^2`.
+
+point, eta = np.random.default_rng(5).standard_normal(5), 0.05
 down = point - eta * quartic_gradient(point, **curved)
 up = down + eta * quartic_gradient(down, **curved)
 difference = (quartic_gradient(point, **curved) - quartic_gradient(down, **curved)) / eta
@@ -440,14 +456,23 @@ tutorial.check("exercise 2: down and up", worst(up - point, -(eta**2) * differen
 # :math:`\eta` does (3) converge? (Plain gradient descent: :math:`\eta < 2/\lambda`.) What does the
 # penalty cost when :math:`\gamma\lambda = 1`?
 
+# %%
+# **Solution 3.** Along an eigenvector each step multiplies by :math:`1 - \eta (\lambda_i + \gamma
+# \lambda_i^2)`, which lies between -1 and 1 for :math:`0 < \eta (\lambda_i + \gamma \lambda_i^2) <
+# 2`. The bracket grows with :math:`\lambda_i`, so the largest eigenvalue decides: :math:`\eta < 2 /
+# (\lambda (1 + \gamma \lambda))`. With :math:`\gamma \lambda = 1` that is half of the plain limit,
+# on top of the second gradient.
+
 largest = float(np.linalg.eigvalsh(bowl["matrix"])[-1])
+begin = np.random.default_rng(5).standard_normal(5)
 for share in (0.98, 1.02):
-    moved = given[0]
+    moved = begin
     for _ in range(2000):
         moved = step(moved, bowl, gamma=1 / largest, eps=0.1, eta=share * 2 / (2 * largest))
     size = float(np.linalg.norm(moved))
     print(f"exercise 3: {share} times half the plain limit, after 2000 steps {size:.0e}")
-    assert (size < float(np.linalg.norm(given[0]))) == (share < 1)
+    converged = size < float(np.linalg.norm(begin))
+    tutorial.check("exercise 3: as expected", float(converged != (share < 1)), 0)
 
 # %%
 tutorial.finish(figure)

@@ -293,42 +293,42 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this backward yourself**, for "eca": :math:`m` are the means, :math:`z_c = \sum_j w_j\,
-# m_{c + j - 1}` with three weights and zeros beyond the ends, :math:`g` the gates. Given
-# :math:`dz`, return :math:`dw` and :math:`dm`.
+# m_{c + j - K//2}` with an odd number :math:`K` of weights and zeros beyond the ends. Given
+# :math:`dz`, return :math:`dw` and :math:`dm`; the library's :math:`dw` and :math:`dx` are
+# compared. (Both sums are correlations or convolutions.)
 
 
 def my_backward(dz, m, w):
-    """Return dw, dm."""
-    return None
+    """Return dw, shape (K,), and dm, shape (C,)."""
+    # solution: return None, None
+    half = len(w) // 2
+    dw = np.correlate(np.pad(m, half), dz, "valid")
+    return dw, np.convolve(dz, w)[half : half + len(m)]
+    # end of solution
 
 
-def grade(backward):
-    """Compare with the library on fresh numbers; returns the errors, or None."""
-    rng = np.random.default_rng(7)
-    x, w = rng.standard_normal((5, 1, 1)), rng.standard_normal(3)
-    do = rng.standard_normal(x.shape)
-    _, cache = spec.forward(x, w=w, variant="eca")
-    right, g = spec.backward(do, cache), cache.gate
-    answer = backward((do * x)[:, 0, 0] * g * (1 - g), x[:, 0, 0], w)
-    if answer is None:
-        return None
-    dx = g * do[:, 0, 0] + answer[1]
-    return {
-        "w": float(np.max(np.abs(answer[0] - right["w"]))),
-        "m": float(np.max(np.abs(dx - right["x"][:, 0, 0]))),
-    }
-
-
-answer = grade(my_backward)
-if answer is None:
-    print("exercise 1: waits for you")
-for name, error in (answer or {}).items():
-    print(f"exercise 1: d{name} {'is right' if error < 1e-12 else f'is off by {error:.2g}'}")
+fresh = np.random.default_rng(7)
+image, kernel = fresh.standard_normal((7, 2, 3)), fresh.standard_normal(5)
+up = fresh.standard_normal(image.shape)
+_, cache = spec.forward(image, w=kernel, variant="eca")
+right, gates = spec.backward(up, cache), cache.gate
+dz = np.sum(up * image, axis=(1, 2)) * gates * (1 - gates)
+dw, dm = my_backward(dz, image.mean(axis=(1, 2)), kernel)
+dx = None if dm is None else gates[:, None, None] * up + dm[:, None, None] / 6
+tutorial.exercise(1, {"w": dw, "x": dx}, right)
 
 # %%
 # **2. One is a case of the other.** Find :math:`W_1` and :math:`W_2` with which "se" does what
 # "eca" does with a given kernel. (Hint: :math:`\mathrm{relu}(y) - \mathrm{relu}(-y) = y`. How
 # many hidden units do you need?)
+
+# %%
+# **Solution 2.** "eca" multiplies the means by a matrix B with the kernel along its diagonals,
+# :math:`B_{c,\, c + j - K//2} = w_j`. With :math:`W_1` made of B and below it -B,
+# :math:`W_2 = (I, -I)` and no biases, :math:`z = \mathrm{relu}(Bm) - \mathrm{relu}(-Bm) = Bm`. That
+# is :math:`2C` units, and :math:`4 C^2` weights in place of K. If B is invertible, fewer do not
+# suffice for all images: where a unit has its kink, another must have the opposite one, so units
+# come in pairs, and each pair gives one dimension of :math:`Bm`.
 
 w = np.array([0.5, -1.0, 2.0])
 band = w[0] * np.eye(6, k=-1) + w[1] * np.eye(6) + w[2] * np.eye(6, k=1)
@@ -341,11 +341,30 @@ tutorial.check("exercise 2: the same output", np.max(np.abs(one - two)), 16 * EP
 # output is permuted. Why is there no such thing for "eca"? Permute the places of the image
 # instead: what happens to the gates of both?
 
-order = np.random.default_rng(1).permutation(X * Y)
-moved = x.reshape(C, 1, -1)[..., order]
-_, here = spec.forward(x, w=w, variant="eca")
-_, there = spec.forward(moved, w=w, variant="eca")
-tutorial.check("exercise 3: gates", np.max(np.abs(here.gate - there.gate)), 16 * EPS)
+# %%
+# **Solution 3.** Every channel has a column of :math:`W_1`, a row of :math:`W_2` and an entry of
+# :math:`b_2` of its own; permute these with the channels, and the hidden units see the same
+# numbers. The kernel of "eca" belongs to no channel. It says what a neighbour counts, and a
+# permutation makes other neighbours; only turning round channels and kernel together does no harm.
+# The places enter by their mean alone: both gates stay what they are.
+
+draw = np.random.default_rng(1)
+order, places = draw.permutation(C), draw.permutation(X * Y)
+here, _ = spec.forward(x, W1, b1, W2, b2)
+there, _ = spec.forward(x[order], W1[:, order], b1, W2[order], b2[order])
+tutorial.check("exercise 3: se, permuted channels", np.max(np.abs(here[order] - there)), 16 * EPS)
+kernel3 = np.array([0.5, -1.0, 2.0])
+here, before = spec.forward(x, w=kernel3, variant="eca")
+there, _ = spec.forward(x[order], w=kernel3, variant="eca")
+print(f"exercise 3: eca, permuted channels: off by {np.max(np.abs(here[order] - there)):.2f}")
+there, _ = spec.forward(x[::-1], w=kernel3[::-1].copy(), variant="eca")
+tutorial.check("exercise 3: eca, all turned round", np.max(np.abs(here[::-1] - there)), 16 * EPS)
+moved = x.reshape(C, 1, -1)[..., places]
+_, after = spec.forward(moved, w=kernel3, variant="eca")
+gap = np.max(np.abs(before.gate - after.gate))
+tutorial.check("exercise 3: eca, gates of permuted places", gap, 16 * EPS)
+one, two = (spec.forward(picture, W1, b1, W2, b2)[1].gate for picture in (x, moved))
+tutorial.check("exercise 3: se, gates of permuted places", np.max(np.abs(one - two)), 16 * EPS)
 
 # %%
 tutorial.finish(figure)
