@@ -2,8 +2,9 @@
 
 Rules, each with its reason:
 
-- no ``fastmath`` beyond ``contract`` (a product and a sum may become one fused operation): the
-  other flags assume that infinities and NaN do not exist;
+- no ``fastmath`` beyond ``contract`` (a product and a sum may become one fused operation) and, in
+  functions marked ``sums``, ``reassoc`` (a sum may be taken in vector lanes): the other flags assume
+  that infinities and NaN do not exist, these two do not;
 - ``error_model="numpy"``: a division by zero gives infinity, as in NumPy;
 - every item of work owns what it writes, and no sum crosses items: one thread and many give the
   same bits; threads are Python's own (``threads``), the kernels run without the interpreter's lock;
@@ -63,7 +64,13 @@ def cache_dir():
     return given or str(user_cache() / "attention_ref" / source_key())
 
 
-def jit(function):
+def sums(function):
+    """:func:`jit` for a function whose inner loops add up numbers in one: the compiler may choose
+    the order, the same at every call."""
+    return jit(function, OPTIONS | {"fastmath": {"contract", "reassoc"}})
+
+
+def jit(function, options=None):
     """``numba.njit`` with the options of this package.
 
     The cache folder is set only while our own functions are decorated, so that the caller's other
@@ -72,6 +79,6 @@ def jit(function):
     config = require().config
     before, config.CACHE_DIR = config.CACHE_DIR, cache_dir()
     try:
-        return require().njit(cache=True, nogil=True, **OPTIONS)(function)
+        return require().njit(cache=True, nogil=True, **(options or OPTIONS))(function)
     finally:
         config.CACHE_DIR = before

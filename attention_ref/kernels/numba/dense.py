@@ -86,9 +86,10 @@ def _cut_lanes(z, s, rows, lanes, low, high):
     if inside:
         return
     for r in range(rows):
-        line = z[r * LANES : (r + 1) * LANES]
+        line, key = z[r * LANES : (r + 1) * LANES], np.int32(s + r)
         for x in range(LANES):
-            line[x] = line[x] if low[x] <= s + r and s + r < high[x] else dead
+            keep = (low[x] <= key) & (key < high[x])
+            line[x] = line[x] if keep else dead
 
 
 @jit
@@ -189,7 +190,7 @@ def _forward_item(n, h, item, q, k, v, mask, bias, mask_strides, bias_strides, s
     z, slope = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     top, safe, total = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
     alpha, block, part = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(acc.size, kind)
-    low, high = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    low, high = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
     _intervals(plan, steps, n, t, lanes, queries, low, high)
     load_lanes(q, row * width, width, lanes, scale, qt)
     fill(acc, depth * LANES, 0)
@@ -261,7 +262,7 @@ def _queries_item(n, h, item, q, k, v, dout, lse, delta, mask, bias, mask_stride
     z, dz = np.empty(ROWS * LANES, kind), np.empty(ROWS * LANES, kind)
     logs, deltas, ones = np.empty(LANES, kind), np.empty(LANES, kind), np.ones(LANES, kind)
     part = np.empty(acc.size, kind)
-    low, high = np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    low, high = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
     _intervals(plan, steps, n, t, lanes, queries, low, high)
     load_lanes(q, row * width, width, lanes, scale, qt)
     load_lanes(dout, row * depth, depth, lanes, kind.type(1), dt)

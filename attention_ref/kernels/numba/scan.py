@@ -7,9 +7,12 @@ r"""Recurrences over a state S of shape (D, E): the decay scan and the delta rul
 a_t is 1, one number a token, or one number a token and key channel. One kernel does both: without
 the erasing term the delta rule with b = 1 is the decay scan.
 
-Loop order: one item a head of a sequence; tokens one after another; inside a token the rows d of
-the state, and in the innermost loop its E columns; two passes over the state a token. Traffic: the
-state (D E numbers, 16 KB for 64 x 64 in float32) stays in the first-level cache, q, k, v, out pass
+Forward: one item is a head of a sequence and a block of 64 columns of the state, which do not
+depend on one another. Loop order: tokens one after another; inside a token the state four rows at a
+time, and in the innermost loop the 64 columns. One pass over the state a token: the pass that
+writes token t and reads it also decays the state for token t + 1 and compares it with k_{t+1}, so
+that every number is loaded and stored once a token, with eight operations in between. Traffic: the
+block (64 D numbers, 16 KB for D = 64 in float32) stays in the first-level cache, q, k, v, out pass
 through once.
 
 Backward, t downwards, G the gradient of S_t (equations of the delta rule; without erasing the
@@ -33,7 +36,7 @@ import numpy as np
 from attention_ref.core import check
 from attention_ref.core.errors import ShapeError
 from attention_ref.kernels.door import expect, float_dtype, prepare, sum_to
-from attention_ref.kernels.numba import jit, threads
+from attention_ref.kernels.numba import jit, sums, threads
 
 
 class Cache(NamedTuple):
@@ -52,163 +55,252 @@ class Cache(NamedTuple):
     dtypes: dict
 
 
-@jit
-def _decay_and_read(state, u, k, a, width, depth):
-    """S~ = a S in place and u -= S~^T k."""
-    for d in range(width):
-        row, factor, key = state[d * depth : (d + 1) * depth], a[d], k[d]
-        for e in range(depth):
-            x = row[e] * factor
-            row[e] = x
-            u[e] -= x * key
+COLUMNS = 64  # of the state, the lanes of the forward
+# Places inside the hot loops are unsigned: the compiler then knows that none counts from the end.
+# (Slices say that too, but a slice counts its references, which costs as much as the loop.)
+WIDE = np.uintp(COLUMNS)
 
 
 @jit
-def _write_and_read(state, u, y, k, q, beta, scale, width, depth):
-    """S = S~ + b k u^T in place and y += c S^T q."""
-    for d in range(width):
-        row, key, query = state[d * depth : (d + 1) * depth], k[d] * beta, q[d] * scale
-        for e in range(depth):
-            x = row[e] + key * u[e]
-            row[e] = x
-            y[e] += query * x
+def _delta_pass(s, w, k, q, a, after):
+    """Over the state once: write u at k, read with q, decay by a, compare with the key after.
+
+    w holds u, the output and what will be the next u, one behind the other; rows go four by four.
+    """
+    for d in range(0, k.size, 4):
+        k0, k1, k2, k3 = k[d], k[d + 1], k[d + 2], k[d + 3]
+        q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
+        a0, a1, a2, a3 = a[d], a[d + 1], a[d + 2], a[d + 3]
+        n0, n1, n2, n3 = after[d], after[d + 1], after[d + 2], after[d + 3]
+        r0 = np.uintp(d) * WIDE
+        r1, r2, r3 = r0 + WIDE, r0 + WIDE + WIDE, r0 + WIDE + WIDE + WIDE
+        for x in range(WIDE):
+            u, y, z = w[x], w[WIDE + x], w[WIDE + WIDE + x]
+            s0, s1 = s[r0 + x] + k0 * u, s[r1 + x] + k1 * u
+            s2, s3 = s[r2 + x] + k2 * u, s[r3 + x] + k3 * u
+            y += q0 * s0
+            y += q1 * s1
+            y += q2 * s2
+            y += q3 * s3
+            s0, s1, s2, s3 = a0 * s0, a1 * s1, a2 * s2, a3 * s3
+            z -= n0 * s0
+            z -= n1 * s1
+            z -= n2 * s2
+            z -= n3 * s3
+            s[r0 + x], s[r1 + x], s[r2 + x], s[r3 + x] = s0, s1, s2, s3
+            w[WIDE + x], w[WIDE + WIDE + x] = y, z
 
 
 @jit
-def _spread_gate(a, gate, at, channels, width):
-    """The decay of every key channel at one token."""
-    one = a.dtype.type(1)
-    for d in range(width):
-        a[d] = gate[at * channels + (d if channels > 1 else 0)] if channels > 0 else one
+def _decay_pass(s, w, k, q, a):
+    """The same without erasing: decay by a, write v at k, read with q; w holds v and the output."""
+    for d in range(0, k.size, 4):
+        k0, k1, k2, k3 = k[d], k[d + 1], k[d + 2], k[d + 3]
+        q0, q1, q2, q3 = q[d], q[d + 1], q[d + 2], q[d + 3]
+        a0, a1, a2, a3 = a[d], a[d + 1], a[d + 2], a[d + 3]
+        r0 = np.uintp(d) * WIDE
+        r1, r2, r3 = r0 + WIDE, r0 + WIDE + WIDE, r0 + WIDE + WIDE + WIDE
+        for x in range(WIDE):
+            v, y = w[x], w[WIDE + x]
+            s0, s1 = a0 * s[r0 + x] + k0 * v, a1 * s[r1 + x] + k1 * v
+            s2, s3 = a2 * s[r2 + x] + k2 * v, a3 * s[r3 + x] + k3 * v
+            y += q0 * s0
+            y += q1 * s1
+            y += q2 * s2
+            w[WIDE + x] = y + q3 * s3
+            s[r0 + x], s[r1 + x], s[r2 + x], s[r3 + x] = s0, s1, s2, s3
+
+
+@jit
+def _scaled(target, source, start, width, factor):
+    at = np.uintp(start)
+    for d in range(np.uintp(width)):
+        target[d] = source[at + d] * factor
+
+
+@jit
+def _columns(w, place, source, start, columns):
+    """A row of values into a line of w; what lies behind it stays zero."""
+    at, line = np.uintp(start), np.uintp(place) * WIDE
+    for x in range(np.uintp(columns)):
+        w[line + x] = source[at + x]
+
+
+@jit
+def _gates(a, gate, at, channels, width):
+    """The decay of every key channel at one token; without a gate they stay what they are."""
+    if channels == 1:
+        one = gate[at]
+        for d in range(np.uintp(width)):
+            a[d] = one
+    elif channels > 1:
+        _scaled(a, gate, at * channels, width, a.dtype.type(1))
+
+
+@jit
+def _move(target, start, w, place, columns):
+    """A line of w into a row of the outputs."""
+    at, line = np.uintp(start), np.uintp(place) * WIDE
+    for x in range(np.uintp(columns)):
+        target[at + x] = w[line + x]
+
+
+@jit
+def _line(w, place, other):
+    """A line of w becomes another, or zero (other = -1)."""
+    line, source, zero = np.uintp(place) * WIDE, np.uintp(max(other, 0)) * WIDE, w.dtype.type(0)
+    for x in range(WIDE):
+        w[line + x] = w[source + x] if other >= 0 else zero
 
 
 @jit
 def _forward(first, last, q, k, v, b, gate, state, kept, scale, erase, sizes, out):
     tokens, width, depth, channels, segment = sizes
-    area, segments = width * depth, (tokens + segment - 1) // segment
-    u, nowhere = np.empty(depth, q.dtype), np.empty(depth, q.dtype)
-    a = np.empty(width, q.dtype)
-    for n in range(first, last):
-        s = state[n * area : (n + 1) * area]
+    blocks, segments = (depth + COLUMNS - 1) // COLUMNS, (tokens + segment - 1) // segment
+    kind, padded = q.dtype, (width + 3) // 4 * 4
+    one = kind.type(1)
+    s, w = np.empty(padded * COLUMNS, kind), np.zeros(3 * COLUMNS, kind)
+    key, query, ones = np.zeros(padded, kind), np.zeros(padded, kind), np.ones(padded, kind)
+    a, after, none = np.ones(padded, kind), np.zeros(padded, kind), np.zeros(padded, kind)
+    for item in range(first, last):
+        n, e = item // blocks, item % blocks * COLUMNS
+        columns = min(COLUMNS, depth - e)
+        s[:], w[:] = 0, 0
+        for d in range(width):
+            _columns(s, d, state, (n * width + d) * depth + e, columns)
         for t in range(tokens):
-            if t % segment == 0:
-                at = (n * segments + t // segment) * area
-                kept[at : at + area] = s
             at = n * tokens + t
-            u[:] = v[at * depth : (at + 1) * depth]
-            y, key = out[at * depth : (at + 1) * depth], k[at * width : (at + 1) * width]
-            y[:] = 0
-            if erase or channels > 0:
-                _spread_gate(a, gate, at, channels, width)
-                _decay_and_read(s, u if erase else nowhere, key, a, width, depth)
-            _write_and_read(s, u, y, key, q[at * width : (at + 1) * width], b[at], scale, width,
-                            depth)  # fmt: skip
-
-
-@jit
-def _dot(x, y, lanes):
-    """Sum of x * y: sixteen sums side by side (the compiler may not reorder a single one)."""
-    lanes[:] = 0
-    whole = x.size - x.size % 16
-    for i in range(0, whole, 16):
-        xi, yi = x[i : i + 16], y[i : i + 16]
-        for j in range(16):
-            lanes[j] += xi[j] * yi[j]
-    for j in range(8):
-        lanes[j] += lanes[j + 8]
-    for j in range(4):
-        lanes[j] += lanes[j + 4]
-    total = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3])
-    for i in range(whole, x.size):
-        total += x[i] * y[i]
-    return total
-
-
-@jit
-def _step_again(before, after, u, k, v, beta, a, erase, lanes, width, depth):
-    """S_t from S_{t-1}, both as (E, D); u = v - S~^T k."""
-    for e in range(depth):
-        old, new = before[e * width : (e + 1) * width], after[e * width : (e + 1) * width]
+            if t % segment == 0:
+                for d in range(width):
+                    _move(kept, ((n * segments + t // segment) * width + d) * depth + e, s, d,
+                          columns)  # fmt: skip
+                if erase:  # decay and compare: nothing is written, nothing read
+                    _gates(a, gate, at, channels, width)
+                    _scaled(after, k, at * width, width, one)
+                    _columns(w, 2, v, at * depth + e, columns)
+                    _delta_pass(s, w, none, none, a, after)
+            _scaled(key, k, at * width, width, b[at])
+            _scaled(query, q, at * width, width, scale)
+            _line(w, 1, -1)
+            if not erase:
+                _gates(a, gate, at, channels, width)
+                _columns(w, 0, v, at * depth + e, columns)
+                _decay_pass(s, w, key, query, a)
+            else:
+                _line(w, 0, 2)
+                if (t + 1) % segment == 0 or t + 1 == tokens:
+                    _delta_pass(s, w, key, query, ones, none)
+                else:
+                    _gates(a, gate, at + 1, channels, width)
+                    _scaled(after, k, (at + 1) * width, width, one)
+                    _columns(w, 2, v, (at + 1) * depth + e, columns)
+                    _delta_pass(s, w, key, query, a, after)
+            _move(out, at * depth + e, w, 1, columns)
         for d in range(width):
-            new[d] = old[d] * a[d]
-        u[e] = v[e] - _dot(new, k, lanes) if erase else v[e]
-        factor = beta * u[e]
-        for d in range(width):
-            new[d] += factor * k[d]
+            _move(state, (n * width + d) * depth + e, s, d, columns)
 
 
-@jit
-def _token_backward(g, before, after, u, gu, lanes, q, k, beta, a, dout, scale, erase, width,
-                    depth, dq, dk, da):  # fmt: skip
-    """One token downwards; g, the gradient of S_t as (E, D), becomes that of S_{t-1}."""
-    for e in range(depth):
-        row, line = g[e * width : (e + 1) * width], after[e * width : (e + 1) * width]
-        factor = scale * dout[e]
-        for d in range(width):
-            row[d] += factor * q[d]
-            dq[d] += factor * line[d]
-        gu[e] = _dot(row, k, lanes)
-    for e in range(depth):
-        row, line = g[e * width : (e + 1) * width], before[e * width : (e + 1) * width]
-        gain, loss = beta * u[e], beta * gu[e]
-        loss = loss if erase else loss * 0
-        # two loops: the compiler gives up on one with too many arrays that might overlap
-        for d in range(width):
-            dk[d] += gain * row[d] - loss * (a[d] * line[d])
-        for d in range(width):
-            x = row[d] - loss * k[d]
-            da[d] += x * line[d]
-            row[d] = x * a[d]
+@sums
+def _answer(u, states, i, k, t, a, width, size):
+    """u -= S~^T k, where S~ = a S and S is the state i of the segment."""
+    for d in range(width):
+        row, key = np.uintp(i) * size + np.uintp(d) * WIDE, k[t * width + d] * a[d]
+        for x in range(WIDE):
+            u[x] -= key * states[row + x]
 
 
-@jit
-def _turned(source, rows, columns, target):
-    """target (columns, rows) = source (rows, columns) transposed."""
-    for i in range(columns):
-        for j in range(rows):
-            target[i * rows + j] = source[j * columns + i]
+@sums
+def _step_again(u, states, i, k, t, beta, a, width, size):
+    """State i + 1 of the segment: a S + b k u^T."""
+    for d in range(width):
+        old = np.uintp(i) * size + np.uintp(d) * WIDE
+        new, key, factor = old + size, k[t * width + d] * beta, a[d]
+        for x in range(WIDE):
+            states[new + x] = factor * states[old + x] + key * u[x]
+
+
+@sums
+def _read_backward(g, states, i, q, k, t, y, gu, scale, width, size, dq):
+    """dq += c S dout,  G += c q dout^T,  g = G^T k; y holds dout."""
+    gu[:] = 0
+    for d in range(width):
+        row, query, key = np.uintp(d) * WIDE, q[t * width + d] * scale, k[t * width + d]
+        line = np.uintp(i + 1) * size + row
+        total = y.dtype.type(0)
+        for x in range(WIDE):
+            total += states[line + x] * y[x]
+            grown = g[row + x] + query * y[x]
+            g[row + x] = grown
+            gu[x] += grown * key
+        dq[t * width + d] += scale * total
+
+
+@sums
+def _write_backward(g, states, i, u, du, k, t, beta, a, width, size, dk, da):
+    """dk += b G u - S~ du,  G -= k du^T,  da = rowsum(G * S),  G <- a G."""
+    for d in range(width):
+        row, key, factor = np.uintp(d) * WIDE, k[t * width + d], a[d]
+        line = np.uintp(i) * size + row
+        gained, lost, total = u.dtype.type(0), u.dtype.type(0), u.dtype.type(0)
+        for x in range(WIDE):
+            old, grown = states[line + x], g[row + x]
+            gained += grown * u[x]
+            lost += old * du[x]
+            left = grown - key * du[x]
+            total += left * old
+            g[row + x] = left * factor
+        dk[t * width + d] += beta * gained - factor * lost
+        da[d] = total
 
 
 @jit
 def _backward(first, last, q, k, v, b, gate, kept, dout, dstate, scale, erase, sizes, dq, dk, dv,
               db, dgate):  # fmt: skip
     tokens, width, depth, channels, segment = sizes
-    area, segments = width * depth, (tokens + segment - 1) // segment
-    kind = q.dtype
-    states, us = np.empty((segment + 1) * area, kind), np.empty(segment * depth, kind)
-    gu, lanes, g = np.empty(depth, kind), np.empty(16, kind), np.empty(area, kind)
-    a, da = np.empty(width, kind), np.empty(width, kind)
+    segments, kind = (tokens + segment - 1) // segment, q.dtype
+    size = np.uintp(width) * WIDE
+    states = np.empty((segment + 1) * width * COLUMNS, kind)
+    us, u, y = np.empty(segment * COLUMNS, kind), np.zeros(COLUMNS, kind), np.zeros(COLUMNS, kind)
+    g, gu, du = np.empty(width * COLUMNS, kind), np.empty(COLUMNS, kind), np.zeros(COLUMNS, kind)
+    a, da = np.ones(width, kind), np.empty(width, kind)
     for n in range(first, last):
-        _turned(dstate[n * area : (n + 1) * area], width, depth, g)
-        for part in range(segments - 1, -1, -1):
-            start, end = n * tokens + part * segment, n * tokens + min(tokens, (part + 1) * segment)
-            at = (n * segments + part) * area
-            _turned(kept[at : at + area], width, depth, states[:area])
-            for t in range(start, end):
-                i = t - start
-                _spread_gate(a, gate, t, channels, width)
-                _step_again(states[i * area : (i + 1) * area],
-                            states[(i + 1) * area : (i + 2) * area],
-                            us[i * depth : (i + 1) * depth], k[t * width : (t + 1) * width],
-                            v[t * depth : (t + 1) * depth], b[t], a, erase, lanes, width,
-                            depth)  # fmt: skip
-            for t in range(end - 1, start - 1, -1):
-                i = t - start
-                u, dkt, dqt = us[i * depth : (i + 1) * depth], dk[t * width :], dq[t * width :]
-                _spread_gate(a, gate, t, channels, width)
-                da[:], dkt[:width], dqt[:width] = 0, 0, 0
-                _token_backward(
-                    g, states[i * area : (i + 1) * area], states[(i + 1) * area : (i + 2) * area],
-                    u, gu, lanes, q[t * width : (t + 1) * width], k[t * width : (t + 1) * width],
-                    b[t], a, dout[t * depth : (t + 1) * depth], scale, erase, width, depth, dqt,
-                    dkt, da,
-                )  # fmt: skip
-                db[t] = _dot(gu, u, lanes)
-                for e in range(depth):
-                    dv[t * depth + e] = b[t] * gu[e]
-                for d in range(width if channels > 0 else 0):
-                    dgate[t * channels + (d if channels > 1 else 0)] += da[d]
-        _turned(g, depth, width, dstate[n * area : (n + 1) * area])
+        dq[n * tokens * width : (n + 1) * tokens * width] = 0
+        dk[n * tokens * width : (n + 1) * tokens * width] = 0
+        db[n * tokens : (n + 1) * tokens] = 0
+        for e in range(0, depth, COLUMNS):
+            columns = min(COLUMNS, depth - e)
+            states[:], g[:], u[:], y[:] = 0, 0, 0, 0
+            for d in range(width):
+                _columns(g, d, dstate, (n * width + d) * depth + e, columns)
+            for part in range(segments - 1, -1, -1):
+                start, end = part * segment, min(tokens, (part + 1) * segment)
+                for d in range(width):
+                    _columns(states, d, kept, ((n * segments + part) * width + d) * depth + e,
+                             columns)  # fmt: skip
+                for i in range(end - start):
+                    t = n * tokens + start + i
+                    _gates(a, gate, t, channels, width)
+                    _columns(u, 0, v, t * depth + e, columns)
+                    if erase:
+                        _answer(u, states, i, k, t, a, width, size)
+                    us[i * COLUMNS : (i + 1) * COLUMNS] = u
+                    _step_again(u, states, i, k, t, b[t], a, width, size)
+                for i in range(end - start - 1, -1, -1):
+                    t = n * tokens + start + i
+                    _gates(a, gate, t, channels, width)
+                    _columns(y, 0, dout, t * depth + e, columns)
+                    _read_backward(g, states, i, q, k, t, y, gu, scale, width, size, dq)
+                    u[:] = us[i * COLUMNS : (i + 1) * COLUMNS]
+                    for x in range(COLUMNS):
+                        db[t] += gu[x] * u[x]
+                        gu[x] *= b[t]
+                        du[x] = gu[x] if erase else 0
+                    _move(dv, t * depth + e, gu, 0, columns)
+                    _write_backward(g, states, i, u, du, k, t, b[t], a, width, size, dk, da)
+                    for d in range(width if channels > 0 else 0):
+                        dgate[t * channels + (d if channels > 1 else 0)] += da[d]
+            for d in range(width):
+                _move(dstate, (n * width + d) * depth + e, g, d, columns)
 
 
 def _spread(name, x, lead, inner, dtype, letters):
@@ -257,7 +349,7 @@ def _run(q, k, v, b, gate, state, scale, erase, names):
     kept, out = np.empty((heads, segments, width, depth), dtype), np.empty_like(v)
     sizes = (tokens, width, depth, channels, segment)
     threads.share(
-        _forward, heads, 6 * out.size * width, q.ravel(), k.ravel(), v.ravel(), b.ravel(),
+        _forward, heads * -(-depth // COLUMNS), 6 * out.size * width, q.ravel(), k.ravel(), v.ravel(), b.ravel(),
         gate.ravel(), start.ravel(), kept.ravel(), scale, erase, sizes, out.ravel(),
     )  # fmt: skip
     cache = Cache(q, k, v, b, gate, kept, scale, erase, lead,
