@@ -2,8 +2,9 @@
 
 Two things together describe a pattern. Each query sees an interval of keys, ``low <= s < high``
 (causal, windows, packed sequences, padding); and a table of blocks says which pairs of a query
-block and a key block exist at all. From both follow, for every block of queries that a kernel works
-on at once, the runs of keys that it must walk over, and for every block of keys the runs of queries.
+block and a key block exist at all. From both follow, for every block of queries that a kernel
+works on at once, the runs of keys that it must walk over, and for every block of keys the runs of
+queries.
 The work of a kernel is then the sum of the runs: it grows with what is kept.
 """
 
@@ -219,7 +220,7 @@ def fits(seen, batch, heads):
 
 
 def steps(seen):
-    """How far apart the patterns of consecutive n and h lie, in patterns; and the intervals of n."""
+    """How far apart the patterns of consecutive n and h lie; and the intervals of n."""
     over_n = seen.low.shape[0] > 1 or (seen.blocks is not None and seen.blocks.shape[0] > 1)
     heads = 1 if seen.blocks is None else seen.blocks.shape[1]
     return (heads if over_n else 0, 1 if heads > 1 else 0, 1 if seen.low.shape[0] > 1 else 0)

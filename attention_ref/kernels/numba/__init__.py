@@ -3,8 +3,8 @@
 Rules, each with its reason:
 
 - no ``fastmath`` beyond ``contract`` (a product and a sum may become one fused operation) and, in
-  functions marked ``sums``, ``reassoc`` (a sum may be taken in vector lanes): the other flags assume
-  that infinities and NaN do not exist, these two do not;
+  functions marked ``sums``, ``reassoc`` (a sum may be taken in vector lanes): the other flags
+  assume that infinities and NaN do not exist, these two do not;
 - ``error_model="numpy"``: a division by zero gives infinity, as in NumPy;
 - every item of work owns what it writes, and no sum crosses items: one thread and many give the
   same bits; threads are Python's own (``threads``), the kernels run without the interpreter's lock;

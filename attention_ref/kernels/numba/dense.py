@@ -7,8 +7,8 @@ pattern lets queries see keys.
 Forward: one work item owns up to 128 queries of one head; they lie in the lanes (see ``tiles``).
 Loop order: item, its runs of keys (``kernels.plan``), 96 keys at a time, then the tile steps
 z = k q^T, running maximum m and sum l down the keys, out <- out e^(m_old - m) + v^T p. What no run
-holds is never touched, so time grows with the pairs that a pattern keeps; within a tile the interval
-of each query cuts what is left, and tiles that the mask leaves empty are skipped.
+holds is never touched, so time grows with the pairs that a pattern keeps; within a tile the
+interval of each query cuts what is left, and tiles that the mask leaves empty are skipped.
 Traffic an item: q once, k and v once (96 keys at a time, from the second-level cache when it holds
 them), so S (D + E) + 128 (D + E) numbers an item, and T / 128 items a head.
 

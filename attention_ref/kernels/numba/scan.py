@@ -23,9 +23,9 @@ terms in brackets are absent):
 
 It needs the states again. The forward keeps every P-th one, P about sqrt(T); the backward walks
 over segments of P tokens from the last to the first, makes the segment's states again and keeps
-them while it is there. Memory: T / P states a head in the cache and P + 2 states a thread, that is
-O(sqrt(T) D E) instead of O(T D E); one extra forward in time. Here the states lie as (E, D), so
-that all sums but two run down the rows and the innermost loop is over D.
+them while it is there. Memory: T / P states a head in the cache and P + 2 blocks of states a
+thread, that is O(sqrt(T) D E) instead of O(T D E); one extra forward in time. One item is a head;
+its blocks of columns follow one another, because dq, dk, db and da are sums over all of them.
 """
 
 import math
@@ -349,8 +349,9 @@ def _run(q, k, v, b, gate, state, scale, erase, names):
     kept, out = np.empty((heads, segments, width, depth), dtype), np.empty_like(v)
     sizes = (tokens, width, depth, channels, segment)
     threads.share(
-        _forward, heads * -(-depth // COLUMNS), 6 * out.size * width, q.ravel(), k.ravel(), v.ravel(), b.ravel(),
-        gate.ravel(), start.ravel(), kept.ravel(), scale, erase, sizes, out.ravel(),
+        _forward, heads * -(-depth // COLUMNS), 6 * out.size * width, q.ravel(), k.ravel(),
+        v.ravel(), b.ravel(), gate.ravel(), start.ravel(), kept.ravel(), scale, erase, sizes,
+        out.ravel(),
     )  # fmt: skip
     cache = Cache(q, k, v, b, gate, kept, scale, erase, lead,
                   {name: x.shape for name, x in given.items()},

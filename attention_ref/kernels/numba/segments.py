@@ -1,7 +1,7 @@
 """Packed sequences: many sequences one behind the other, none sees another.
 
-The kernel of ``dense`` with an interval of keys for every query (``kernels.plan``): 128 queries walk
-over the keys of the sequences they belong to and no others. No mask of T x S is ever made, no
+The kernel of ``dense`` with an interval of keys for every query (``kernels.plan``): 128 queries
+walk over the keys of the sequences they belong to and no others. No mask of T x S is ever made, no
 sequence is padded; work and memory grow with the sum of the products of lengths, not with T S.
 """
 

@@ -36,8 +36,10 @@ def _cut(x, queries, keys):
     return x[..., rows, columns] if x.ndim > 1 else x[..., columns]
 
 
-def forward(q, k, v, *, left=None, right=None, dilation=1, mask=None, causal=False,
-            align="lower_right", scale=None, softcap=None, bias=None, empty_row="zero"):  # fmt: skip
+def forward(
+    q, k, v, *, left=None, right=None, dilation=1, mask=None, causal=False, align="lower_right",
+    scale=None, softcap=None, bias=None, empty_row="zero",
+):  # fmt: skip
     """Window attention on the CPU.
 
     Parameters
