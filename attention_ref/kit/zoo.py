@@ -1,10 +1,12 @@
-"""The bug zoo: softmax attention with one classic mistake at a time, forward and backward.
+"""The bug zoo: attention with one classic mistake at a time, forward and backward.
 
 Each entry is a mistake that somebody made in a published kernel or a reference. ``check`` compares
-a foreign result with all of them and names the one that fits. :func:`attend` is written here once
-more, apart from ``core``, so that the zoo shares no step with what it judges.
+a foreign result with all of them and names the one that fits. :func:`attend` and :func:`delta` are
+written here once more, apart from ``core``, so that the zoo shares no step with what it judges.
+:func:`variants` holds what any row can have wrong: the reference itself with one argument changed.
 """
 
+import inspect
 import math
 
 import numpy as np
@@ -33,6 +35,13 @@ FORWARD = {
     "empty row nan": "matches if a query without keys gives NaN",
     "no maximum subtracted": "overflows where the largest score is not subtracted first",
     "keys reversed": "matches with the keys in reverse order",
+    "scale of the value width": "matches with 1/sqrt(E): the width of the values, expected that "
+    "of the keys",
+    "mask added as numbers": "matches if the mask is added to the scores as 0 and 1",
+    "not normalised": "matches if the weights are not divided by their sum",
+    "scores transposed": "matches with k q^T in place of q k^T",
+    "bias subtracted": "matches with the bias subtracted",
+    "weights squared": "matches if the softmax is applied twice",
 }
 """Name -> what the report says, for mistakes that show in the output."""
 
@@ -49,8 +58,35 @@ BACKWARD = {
     "group averaged": "dk, dv of a group hold the mean over its heads, not the sum",
     "transposed weights in dv": "dv is made with p instead of its transpose",
     "gradient of the mean": "all gradients are divided by the number of outputs",
+    "diagonal of the Jacobian": "dS keeps the diagonal of the softmax Jacobian only: "
+    "dz = p * (1 - p) * dp",
+    "scale twice in dq and dk": "dq and dk carry the scale twice",
+    "bias gradient scaled": "dbias carries the scale, which stands before the bias",
 }
 """Name -> what the report says, for mistakes that show in gradients only."""
+
+LSE = {
+    "log-sum-exp without the maximum": "lse is the log-sum-exp without the maximum: the row's "
+    "largest score is not added back",
+    "log-sum-exp in base 2": "lse is in base 2, expected nats: divided by ln 2",
+    "maximum in place of the log-sum-exp": "lse is the largest score of the row",
+    "sum in place of its logarithm": "lse is the sum of exponentials, not its logarithm",
+    "sign of the log-sum-exp": "lse has the wrong sign",
+}
+"""Name -> what the report says, for mistakes in a returned log-sum-exp."""
+
+DELTA = {
+    "delta rule without erasing": "matches if v is written as it is: the memory's answer to k is "
+    "not subtracted",
+    "delta rule compares before the decay": "matches if v is compared with the memory before its "
+    "decay",
+    "delta rule reads before it writes": "matches if the memory is read before the token is "
+    "written",
+    "delta rule forgets beta": "matches with a writing strength of 1: beta has no effect",
+    "delta rule gate as logarithm": "matches if exp(gate) is applied: the gate is taken for a "
+    "logarithm",
+}
+"""Name -> what the report says, for mistakes in the delta rule."""
 
 
 def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
@@ -79,9 +115,15 @@ def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None,
     if bug == "keys reversed":
         kk = kk[..., ::-1, :]
     c = _scale(1 / math.sqrt(D) if scale is None else scale, D, bug)
+    c = 1 / math.sqrt(v.shape[-1]) if bug == "scale of the value width" else c
     live = _live(T, S, mask, causal, align, bug)
     b = 0.0 if bias is None or bug == "bias ignored" else bias
+    b = -b if bug == "bias subtracted" else b
+    if bug == "mask added as numbers" and mask is not None:
+        b, live = b + mask.astype(float), _live(T, S, None, causal, align, bug)
     z = q @ np.swapaxes(kk, -1, -2)
+    if bug == "scores transposed" and T == S:
+        z = np.swapaxes(z, -1, -2)
     z = (z + b) * c if bug == "bias before scale" else z * c
     slope = 1.0
     if bug == "bias before scale":
@@ -100,8 +142,8 @@ def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None,
     def backward(dout):
         dp = dout @ np.swapaxes(vv, -1, -2)
         rows = 0.0 if bug == "row-sum term missing" else np.sum(p * dp, -1, keepdims=True)
-        dz = p * (dp - rows)
-        raw = dz * slope
+        dz = p * (1 - p) * dp if bug == "diagonal of the Jacobian" else p * (dp - rows)
+        raw = dz * slope * (c if bug == "scale twice in dq and dk" else 1.0)
         dq = raw @ kk * (1.0 if bug == "scale missing in dq" else c)
         dk = np.swapaxes(raw, -1, -2) @ q * (1.0 if bug == "scale missing in dk" else c)
         dv = np.swapaxes(p, -1, -2) @ dout
@@ -109,7 +151,7 @@ def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None,
             dv = p @ dout
         g = {"q": dq, "k": _gather(dk, k, H, G, bug), "v": _gather(dv, v, H, G, bug)}
         if bias is not None:
-            g["bias"] = _sum_to(dz, bias.shape)
+            g["bias"] = _sum_to(dz * (c if bug == "bias gradient scaled" else 1.0), bias.shape)
         return _spoil({n: _sum_to(x, {"q": q, "k": k, "v": v}[n].shape) if n != "bias" else x
                        for n, x in g.items()}, bug, dout.size)  # fmt: skip
 
@@ -167,7 +209,10 @@ def _weights(z, live, bug):
         top = 0.0 if bug == "no maximum subtracted" else np.where(np.isfinite(top), top, 0.0)
         e = np.exp(z - top)
         total = np.sum(e, axis, keepdims=True)
-        p = e / np.where(total == 0, 1.0, total)
+        p = e / np.where((total == 0) | (bug == "not normalised"), 1.0, total)
+        if bug == "weights squared":
+            e = np.where(seen, np.exp(p), 0.0)
+            p = e / np.where(total == 0, 1.0, np.sum(e, axis, keepdims=True))
     p = np.where(live, p, 0.0)
     if bug in ("empty row uniform", "empty row nan"):
         fill = 1 / z.shape[-1] if bug == "empty row uniform" else np.nan
@@ -193,19 +238,170 @@ def _spoil(g, bug, outputs):
     return {n: x / outputs for n, x in g.items()} if bug == "gradient of the mean" else g
 
 
+def logsumexp(q, k, v, *, bug=None, **options):
+    """The output of :func:`attend` and its log-sum-exp, right or with one mistake of LSE.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`attend`.
+    bug : str, optional
+        A name of :data:`LSE`.
+
+    Returns
+    -------
+    out, lse : ndarray, shapes (..., H, T, E), (..., H, T)
+    """
+    H, G = (q.shape[-3], k.shape[-3]) if q.ndim > 2 and k.ndim > 2 else (1, 1)
+    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    scale, cap, bias = (options.get(n) for n in ("scale", "softcap", "bias"))
+    z = q @ np.swapaxes(_spread(k, H, G, None), -1, -2)
+    z = z * (1 / math.sqrt(D) if scale is None else scale)
+    z = z if cap is None else cap * np.tanh(z / cap)
+    live = _live(T, S, options.get("mask"), options.get("causal", False),
+                 options.get("align", "lower_right"), None)  # fmt: skip
+    z = np.where(live, z if bias is None else z + bias, -np.inf)
+    with np.errstate(all="ignore"):
+        top = np.max(z, -1)
+        top = np.where(np.isfinite(top), top, 0.0)
+        total = np.sum(np.exp(z - top[..., None]), -1)
+        lse = {
+            "log-sum-exp without the maximum": np.log(total),
+            "log-sum-exp in base 2": (np.log(total) + top) / math.log(2),
+            "maximum in place of the log-sum-exp": top,
+            "sum in place of its logarithm": total * np.exp(top),
+            "sign of the log-sum-exp": -(np.log(total) + top),
+        }.get(bug, np.log(total) + top)
+    return attend(q, k, v, **options)[0], lse
+
+
+def delta(q, k, v, b, gate=None, state=None, *, scale=None, bug=None):
+    """The delta rule token by token, right or with one mistake of :data:`DELTA`.
+
+    Parameters
+    ----------
+    q, k, v, b, gate, state, scale
+        As in ``recurrent/delta_rule``.
+    bug : str, optional
+        A name of :data:`DELTA`.
+
+    Returns
+    -------
+    out, state : ndarray, shapes (..., T, E), (..., D, E)
+    """
+    c = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    channel = gate is not None and gate.ndim > b.ndim
+    shape = (*np.broadcast_shapes(q.shape[:-2], v.shape[:-2]), k.shape[-1], v.shape[-1])
+    S, outs = np.broadcast_to(0.0 if state is None else state, shape), []
+    for t in range(q.shape[-2]):
+        a = 1.0 if gate is None else gate[..., t, :, None] if channel else gate[..., t, None, None]
+        a = np.exp(a) if bug == "delta rule gate as logarithm" and gate is not None else a
+        key, old, before = k[..., t, :, None], S * a, S
+        seen = before if bug == "delta rule compares before the decay" else old
+        answer = np.sum(seen * key, axis=-2, keepdims=True)
+        answer = 0.0 if bug == "delta rule without erasing" else answer
+        strength = 1.0 if bug == "delta rule forgets beta" else b[..., t, None, None]
+        S = old + strength * key * (v[..., t, None, :] - answer)
+        read = old if bug == "delta rule reads before it writes" else S
+        outs.append(c * np.sum(read * q[..., t, :, None], axis=-2))
+    return np.stack(outs, axis=-2), S
+
+
+# ------------------------------------------------------------------------------ any row
+
+
+def variants(spec, kwargs):
+    """What any row may have wrong: a name for the report, and the arguments that show it.
+
+    Parameters
+    ----------
+    spec : Spec
+        The row.
+    kwargs : dict
+        Arguments of a case.
+
+    Yields
+    ------
+    says : str
+        What the report says if the reference on these arguments equals the foreign result.
+    changed : dict
+        Arguments.
+    """
+    parameters = inspect.signature(spec.main).parameters
+    if kwargs.get("causal") and "align" in parameters:
+        for align, name in (("upper_left", "upper-left"), ("lower_right", "lower-right")):
+            yield FORWARD[f"causal alignment {name}"], kwargs | {"align": align}
+    if isinstance(kwargs.get("mask"), np.ndarray):
+        yield FORWARD["mask inverted"], kwargs | {"mask": ~kwargs["mask"]}
+    if "scale" in parameters and "q" in kwargs:
+        D, c = kwargs["q"].shape[-1], kwargs.get("scale")
+        c = 1 / math.sqrt(D) if c is None else c
+        for bug in ("scale missing", "scale applied twice", "scale default", "scale inverted"):
+            yield FORWARD[bug], kwargs | {"scale": _scale(c, D, bug)}
+    if "empty_row" in parameters:
+        for rule in ("uniform", "nan"):
+            yield FORWARD[f"empty row {rule}"], kwargs | {"empty_row": rule}
+    for name in ("left", "right"):
+        for step, word in ((1, "further"), (-1, "less far")):
+            if isinstance(kwargs.get(name), int) and kwargs[name] + step >= 0:
+                says = f"window off by one to the {name}: matches if it reaches one key {word}"
+                yield says, kwargs | {name: kwargs[name] + step}
+    if "interleaved" in parameters:
+        have = bool(kwargs.get("interleaved", False))
+        found, expected = ("halves", "interleaved") if have else ("interleaved", "halves")
+        yield f"rotary pairs {found}, expected {expected}", kwargs | {"interleaved": not have}
+        yield from _turned(kwargs)
+    known = {"causal": FORWARD["causal ignored"], "mask": FORWARD["mask ignored"],
+             "softcap": FORWARD["softcap ignored"], "bias": FORWARD["bias ignored"]}  # fmt: skip
+    for name, a in kwargs.items():
+        default = parameters[name].default if name in parameters else inspect.Parameter.empty
+        if default is not inspect.Parameter.empty and name not in ("align", "scale", "rng"):
+            left = {n: x for n, x in kwargs.items() if n != name}
+            yield known.get(name, f"matches with {name} at its default: it has no effect"), left
+        if isinstance(a, np.ndarray) and a.dtype.kind == "f" and name not in "qkv":
+            yield f"matches with the sign of {name} turned", kwargs | {name: -a}
+
+
+def _turned(kwargs):
+    """Rotary positions that went wrong."""
+    q, k = kwargs["q"], kwargs["k"]
+    T, S = q.shape[-2], k.shape[-2]
+    first = S - T if kwargs.get("align", "lower_right") == "lower_right" else 0
+    pos_q, pos_k = kwargs.get("pos_q"), kwargs.get("pos_k")
+    pos_q = np.arange(T) + first + 0.0 if pos_q is None else pos_q
+    pos_k = np.arange(S) + 0.0 if pos_k is None else pos_k
+    for says, a, b in (
+        ("rotary turns in the other direction", -pos_q, -pos_k),
+        ("rotary positions of the queries start at 0", np.arange(T) + 0.0, pos_k),
+        ("rotary turns the queries only", pos_q, 0.0 * pos_k),
+        ("rotary positions of the queries are one too far", pos_q + 1.0, pos_k),
+        ("rotary has no effect", 0.0 * pos_q, 0.0 * pos_k),
+    ):
+        yield f"matches if {says}", kwargs | {"pos_q": a, "pos_k": b}
+
+
+# ------------------------------------------------------------------------------ exhibits
+
+
 def animal(bug):
     """A function with one mistake, in the calling contract: forward and backward.
 
     Parameters
     ----------
     bug : str
-        A name of :data:`FORWARD` or :data:`BACKWARD`.
+        A name of :data:`FORWARD`, :data:`BACKWARD`, :data:`LSE` or :data:`DELTA`; the backward of
+        the last two is None.
 
     Returns
     -------
     forward, backward : callable
         ``forward(q, k, v, ...) -> (out, cache)``, ``backward(dout, cache) -> dict``.
     """
+
+    if bug in LSE:
+        return lambda q, k, v, **options: logsumexp(q, k, v, bug=bug, **options), None
+    if bug in DELTA:
+        return lambda *args, **options: delta(*args, bug=bug, **options), None
 
     def forward(q, k, v, **options):
         return attend(q, k, v, bug=bug, **options)

@@ -1,0 +1,188 @@
+"""The inputs a foreign function is tried on: a row's examples, and those that tell mistakes apart.
+
+``check``, ``cases`` and ``golden export`` all draw from here, so that a case has the same numbers
+wherever its name stands.
+"""
+
+import numpy as np
+
+from attention_ref.core.errors import ParameterError
+from attention_ref.kit import checks, tree
+
+SEPARATED = ("scores/dot_product", "heads/multi_query")
+"""Rows with cases of their own beyond the examples."""
+
+AXES = {
+    "q": "BHTD", "k": "BGSD", "v": "BGSE", "mask": "BHTS", "bias": "BHTS",
+}  # fmt: skip
+"""Letters of the axes of what can be cut to a smaller size, right-aligned."""
+
+
+def is_float(a):
+    """Whether an argument is a floating array."""
+    return isinstance(a, np.ndarray) and a.dtype.kind == "f"
+
+
+def examples(spec, conventions=None):
+    """Every case of a row: name -> keyword arguments, float64.
+
+    Parameters
+    ----------
+    spec : Spec
+        The row.
+    conventions : dict, optional
+        ``align``: cases that ask for this alignment lose the argument; ``same_width``: values get
+        the width of the keys.
+
+    Returns
+    -------
+    dict
+    """
+    conventions = conventions or {}
+    chosen = {n: four_axes(spec, dict(kwargs)) for n, kwargs in checks.cases(spec).items()}
+    if "attention" in spec.flags:
+        chosen |= _extreme(spec, chosen)
+    if spec.key in SEPARATED:
+        chosen |= _separating(spec)
+    for kwargs in chosen.values():
+        if kwargs.get("align") == conventions.get("align", "lower_right"):
+            del kwargs["align"]
+        if conventions.get("same_width") and {"k", "v"} <= set(kwargs):
+            v = kwargs["v"]
+            more = -(-kwargs["k"].shape[-1] // v.shape[-1])
+            kwargs["v"] = np.concatenate([v + i for i in range(more)], -1)
+            kwargs["v"] = kwargs["v"][..., : kwargs["k"].shape[-1]]
+    return chosen
+
+
+def four_axes(spec, kwargs):
+    """(H, T, D) to (1, H, T, D) where that changes nothing: most kernels take four axes only."""
+    q = kwargs.get("q")
+    missing = 4 - q.ndim if isinstance(q, np.ndarray) else 0
+    if missing <= 0:
+        return kwargs
+    want = tree.flatten(spec.call(kwargs)[0])
+    every = [n for n, a in kwargs.items() if is_float(a) and n != "bias"]
+    for names in ("qkv", every):
+        wider = {
+            n: a.reshape((1,) * missing + a.shape) if n in names else a for n, a in kwargs.items()
+        }
+        try:
+            got = tree.flatten(spec.call(wider)[0])
+        except (ValueError, TypeError):
+            continue
+        if all(
+            got[n].size == a.size and np.array_equal(got[n].ravel(), a.ravel(), equal_nan=True)
+            for n, a in want.items()
+        ) and got["out"].ndim == 4:  # fmt: skip
+            return wider
+    return kwargs
+
+
+def _extreme(spec, chosen):
+    """The first example with queries thirty times as large, and with tiny ones."""
+    base = next(iter(chosen.values()))
+    made = {}
+    for name, factor in (("large", 30.0), ("tiny", 1e-3)):
+        kwargs = base | {n: factor * base[n] for n in "qk" if n in base}
+        try:
+            out = tree.flatten(spec.call(kwargs)[0])
+        except (ValueError, TypeError):
+            continue
+        if all(np.all(np.isfinite(a)) for a in out.values()):
+            made[name] = kwargs
+    return made
+
+
+def _separating(spec):
+    """Cases in which two readings of the same word give different numbers."""
+    rng = np.random.default_rng(checks.seed_of(spec.key, 2))
+    square = {n: rng.standard_normal((1, 2, 5, 4)) for n in "qkv"}
+    made = {"square": square | {"scale": 0.7},
+            "square-causal": square | {"scale": 0.7, "causal": True}}  # fmt: skip
+    huge = {n: a.copy() for n, a in square.items()} | {"scale": 0.7}
+    huge["q"][..., 0], huge["k"][..., 0] = 10.0, 150.0  # all scores near 1050
+    made["huge"] = huge
+    live = np.ones((5, 5), bool)
+    live[2] = False
+    made["empty-row"] = square | {"scale": 0.7, "mask": live}
+    made["read-only"] = {n: _frozen(a) for n, a in square.items()} | {"scale": 0.7}
+    wide = np.zeros((1, 2, 5, 4)) + np.arange(4.0)
+    made["odd"] = {"q": wide[..., :3] * 0.1 + square["q"][..., :3],
+                   "k": square["k"][..., :3], "v": square["v"][..., :1]}  # fmt: skip
+    for name in ("one-by-one", "odd-17"):
+        T, S, D = (1, 1, 1) if name == "one-by-one" else (9, 13, 17)
+        lengths = {"q": (T, D), "k": (S, D), "v": (S, 3)}
+        drawn = {n: rng.standard_normal((2, 2, *shape)) for n, shape in lengths.items()}
+        made[name] = drawn | {"scale": 0.4}
+    made["order"] = square | {
+        "scale": 0.7, "softcap": 0.8, "bias": 2.0 * rng.standard_normal((2, 5, 5)),
+        "mask": np.tri(5, dtype=bool),
+    }  # fmt: skip
+    return made
+
+
+def _frozen(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def cotangent(spec, case, shape):
+    """The random upstream gradient of a case: the same wherever its name stands."""
+    return np.random.default_rng(checks.seed_of(f"{spec.key}-{case}", 3)).standard_normal(shape)
+
+
+# ------------------------------------------------------------------------------ sizes
+
+
+def sizes(kwargs):
+    """The lengths of a case by letter, for those arguments whose axes are known."""
+    found = {}
+    for name, letters in AXES.items():
+        a = kwargs.get(name)
+        if isinstance(a, np.ndarray) and name in "qkv":
+            found |= dict(zip(reversed(letters), reversed(a.shape), strict=False))
+    if found.get("G") == found.get("H"):
+        found.pop("G", None)
+    return found
+
+
+def cut(kwargs, wanted):
+    """The first rows and columns of a case.
+
+    Parameters
+    ----------
+    kwargs : dict
+        Arguments of a case that has q, k, v.
+    wanted : dict
+        Letter -> length; letters as in the notation: B, H, G, T, S, D, E.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ParameterError
+        For a letter or a length that the case does not have.
+    """
+    have = sizes(kwargs)
+    for letter, n in wanted.items():
+        if letter not in have or not 1 <= n <= have[letter]:
+            raise ParameterError(
+                f"sizes has {letter}={n}, expected 1 <= n <= length with lengths {have}"
+            )
+    if "H" in wanted and "G" not in have:
+        wanted = wanted | {"G": wanted["H"]}
+    smaller = dict(kwargs)
+    for name, letters in AXES.items():
+        a = kwargs.get(name)
+        if not isinstance(a, np.ndarray):
+            continue
+        places = [slice(None)] * a.ndim
+        for i, letter in enumerate(letters[max(len(letters) - a.ndim, 0) :]):
+            if letter in wanted and a.shape[i] > 1:
+                places[i] = slice(wanted[letter])
+        smaller[name] = np.ascontiguousarray(a[tuple(places)])
+    return smaller
