@@ -2,7 +2,8 @@
 
 Checks, the flat layout (N, H, T, D), quarantine of non-finite rows, rows without a key, and the
 shapes of the gradients. A kernel object has ``dtypes``, ``forward(cache, k, out, lse)`` and
-``backward(cache, dout, lse, delta, dq, dk, dv, dbias)``; it fills arrays made here.
+``backward(cache, dout, lse, delta, dq, dk, dv, dbias)``; it fills arrays made here. One with
+``quarantines`` set finds non-finite keys by itself.
 
 Non-finite numbers: a key whose k or v holds one enters the forward as k = NaN, v = 0, so that a
 query that sees it becomes NaN and a query that does not sees the -inf of the mask. In the backward
@@ -143,7 +144,8 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         raise DTypeError(f"q, k, v promote to {dtype}, this kernel takes {names}; hint: .astype()")
     (batch, heads, queries, width), keys, depth = q.shape, k.shape[2], v.shape[3]
 
-    good = _finite_rows(k), _finite_rows(v)
+    raw = getattr(kernel, "quarantines", False)
+    good = (None, None) if raw else (_finite_rows(k), _finite_rows(v))
     marked = k
     if good[0] is not None or good[1] is not None:
         both = np.logical_and(*(True if g is None else g for g in good))
@@ -225,6 +227,10 @@ def backward(kernel, dout, cache, dlse):
         delta -= np.where(empty | poison, dtype.type(0), np.reshape(dlse, delta.shape))
     lse = np.where(empty | poison, infinity, lse)  # so that their weights are exp(-inf) = 0
 
+    if getattr(kernel, "quarantines", False):
+        k, v = (x if g is None else np.where(g, x, dtype.type(0))
+                for x, g in ((x, _finite_rows(x)) for x in (c.k, c.v)))  # fmt: skip
+        c = c._replace(k=k, v=v)
     dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)
     full = (batch, heads, queries, keys) if c.biased else (1, 1, 1, 1)
     dbias = np.zeros_like(c.q, shape=full)

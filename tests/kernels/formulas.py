@@ -90,3 +90,20 @@ def sparsemax(z, live):
             tau = thresholds[np.flatnonzero(x > thresholds)[-1]]
             p[at] = np.where(keep, np.maximum(z[at] - top - tau, 0.0), 0.0)
     return p
+
+
+def entmax(z, alpha, live):
+    """One row at a time by bisection on tau, in the dtype of z (extended precision)."""
+    p, rate = np.zeros_like(z), z.dtype.type(alpha) - 1
+    for at in np.ndindex(z.shape[:-1]):
+        keep = live[at]
+        if keep.any():
+            x = rate * (z[at][keep] - z[at][keep].max())
+            low, high = z.dtype.type(-1), z.dtype.type(0)
+            for _ in range(80):
+                tau = (low + high) / 2
+                total = np.sum(np.maximum(x - tau, 0) ** (1 / rate))
+                low, high = (tau, high) if total >= 1 else (low, tau)
+            w = np.maximum(x - low, 0) ** (1 / rate)
+            p[at][keep] = w / w.sum()
+    return p

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attention_ref.core.errors import BackendUnavailable, DTypeError, ShapeError
+from attention_ref.core.errors import BackendUnavailable, DTypeError, ParameterError, ShapeError
 from attention_ref.kernels import numba as package
 from attention_ref.kernels.numba import elementary, jit, row_projection, threads
 from tests.kernels import formulas
@@ -106,6 +106,54 @@ def test_sparsemax_threads_layouts_and_errors():
         row_projection.sparsemax_rows(z, np.ones(899, bool))
     with pytest.raises(ShapeError):
         row_projection.sparsemax_rows_backward(z[1:], z)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("alpha", [1.05, 1.5, 1.7, 2.0])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_entmax(masked, spread, alpha, dtype):
+    """The weights solve the definition: by bisection in extended precision, one row at a time."""
+    rng = np.random.default_rng(3)
+    z = (spread * rng.standard_normal((3, 5, 37)) + 5).astype(dtype)
+    live = rng.random((5, 37)) < 0.6 if masked else None
+    keep = np.broadcast_to(True if live is None else live, z.shape)
+    p = row_projection.entmax_rows(z, alpha, live)
+    truth = formulas.entmax(z.astype(np.longdouble), alpha, keep)
+    assert p.dtype == dtype and formulas.distance(p, truth, dtype, 2 + 2 * spread) < 16
+    assert not p[~keep].any()
+    dp = rng.standard_normal(z.shape).astype(dtype)
+    w = np.where(truth > 0, np.where(truth > 0, truth, 1.0) ** (2.0 - alpha), 0.0)
+    mixed = (w * dp).sum(-1, keepdims=True) / np.maximum(w.sum(-1, keepdims=True), 1e-300)
+    dz = row_projection.entmax_rows_backward(dp, truth.astype(dtype), alpha)
+    assert formulas.distance(dz, w * (dp - mixed), dtype, 4 * max(1.0, float(w.max()))) < 64
+
+
+def test_entmax_by_hand_and_its_limits():
+    """At alpha = 1.5 the scores 0.4, 0, -3 give 0.64, 0.36, 0; at 2 it is sparsemax."""
+    z = np.array([[0.4, 0.0, -3.0]])
+    assert np.allclose(row_projection.entmax_rows(z), [[0.64, 0.36, 0.0]], rtol=0, atol=1e-15)
+    z = np.random.default_rng(4).standard_normal((9, 50))
+    both = row_projection.entmax_rows(z, 2.0), row_projection.sparsemax_rows(z)
+    assert np.allclose(*both, rtol=0, atol=1e-15)
+    for alpha in (1.0, 2.5):
+        with pytest.raises(ParameterError, match=f"alpha is {alpha}"):
+            row_projection.entmax_rows(z, alpha)
+
+
+@pytest.mark.oracle
+def test_entmax_package_agrees():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: make oracles")
+    entmax = pytest.importorskip("entmax", reason="entmax is not installed: make oracles")
+    z = np.random.default_rng(5).standard_normal((20, 60))
+    tensor = torch.tensor(z, requires_grad=True)
+    theirs = entmax.entmax15(tensor, dim=-1)
+    p = row_projection.entmax_rows(z)
+    assert np.allclose(p, theirs.detach().numpy(), rtol=0, atol=1e-14)
+    dp = np.random.default_rng(6).standard_normal(z.shape)
+    theirs.backward(torch.tensor(dp))
+    dz = row_projection.entmax_rows_backward(dp, p)
+    assert np.allclose(dz, tensor.grad.numpy(), rtol=0, atol=1e-13)
 
 
 def test_threads_hand_errors_to_the_caller():

@@ -371,10 +371,13 @@ def _backward_keys(first, last, q, k, v, dout, lse, delta, mask, bias, mask_stri
                    dbias)  # fmt: skip
 
 
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
 class _Kernel:
     """The launches that ``softmax`` calls; every array is contiguous and owned."""
 
-    dtypes = (np.dtype(np.float32), np.dtype(np.float64))
+    dtypes = DTYPES
 
     @staticmethod
     def forward(c, k, out, lse):
@@ -431,13 +434,16 @@ def _common(c):
     )  # fmt: skip
 
 
+KERNEL = _Kernel
+
+
 def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
             bias=None, empty_row="zero", seen=None):  # fmt: skip
     """Softmax attention on the CPU; arguments and results as in ``kernels.softmax.forward``."""
-    return softmax.forward(_Kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row,
+    return softmax.forward(KERNEL, q, k, v, mask, causal, align, scale, softcap, bias, empty_row,
                            seen)  # fmt: skip
 
 
 def backward(dout, cache, dlse=None):
     """Gradients of :func:`forward`; as in ``kernels.softmax.backward``."""
-    return softmax.backward(_Kernel, dout, cache, dlse)
+    return softmax.backward(KERNEL, dout, cache, dlse)
