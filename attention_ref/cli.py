@@ -76,9 +76,14 @@ def _parser():
     sub.add_argument("--against", default="scores/dot_product", metavar="KEY")
     sub.add_argument("--backward", help="module:name of its backward, for NumPy functions")
     sub.add_argument("--framework", help="numpy, torch, jax or cupy (default: guessed)")
-    sub.add_argument("--layout", default="BHTD", help="BHTD or BTHD")
+    sub.add_argument("--layout", default="BHTD", help="BHTD, BTHD, HTD or TD")
     sub.add_argument("--align", help="its causal alignment: lower_right or upper_left")
+    sub.add_argument("--mask", help="its masks: attend (True = may attend), blocked or additive")
+    sub.add_argument("--empty-row", help="a query without keys: zero, nan or uniform")
+    sub.add_argument("--precision", help="what it computes in inside, e.g. float32")
     sub.add_argument("--case", action="append", help="only this case (may be repeated)")
+    sub.add_argument("--dtype", action="append", help="only this dtype (may be repeated)")
+    sub.add_argument("--sizes", help="only the first rows of every case, e.g. T=2,S=3")
     sub = add("bench", _bench, "ratios against other libraries, in one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
     sub = add("student", _student, "tutorials without their solutions", json_too=False)
@@ -94,7 +99,7 @@ def _golden_parser(parser):
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, function, text in (
         ("verify", _golden_verify, "compare golden files with today's methods"),
-        ("export", _golden_export, "copy golden files into a folder"),
+        ("export", _golden_export, "write self-describing vectors for any language"),
         ("write", _golden_write, "write golden files that are missing or no longer hold"),
         ("calibrate", _golden_calibrate, "measure the bounds again and write them"),
     ):
@@ -104,6 +109,8 @@ def _golden_parser(parser):
         sub.add_argument("--json", action="store_true", help="print JSON")
         if name == "export":
             sub.add_argument("--out", required=True, help="folder to write to")
+            sub.add_argument("--format", default="npz", help="npz, safetensors or raw")
+            sub.add_argument("--dtype", action="append", help="only this dtype (repeatable)")
 
 
 # ------------------------------------------------------------------------------ output
@@ -308,6 +315,8 @@ def _load(path):
 def _check(args):
     from attention_ref import kit
 
+    told = {"align": args.align, "mask": args.mask, "empty_row": args.empty_row,
+            "precision": args.precision}  # fmt: skip
     report = kit.check(
         _load(args.target),
         args.against,
@@ -315,10 +324,24 @@ def _check(args):
         framework=args.framework,
         layout=args.layout,
         cases=args.case,
-        conventions={"align": args.align} if args.align else None,
+        dtypes=args.dtype or ("float64", "float32"),
+        sizes=_sizes(args.sizes),
+        conventions={n: a for n, a in told.items() if a},
     )
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
+
+
+def _sizes(text):
+    """{"T": 2} from "T=2"."""
+    found = {}
+    for part in (text or "").split(","):
+        letter, _, number = part.partition("=")
+        if part and not (number.isdigit() and letter):
+            raise ParameterError(f"sizes is {text!r}, expected letters and lengths like T=2,S=3")
+        if part:
+            found[letter] = int(number)
+    return found
 
 
 def _golden_verify(args):
@@ -341,18 +364,12 @@ def _golden_verify(args):
 def _golden_export(args):
     import pathlib
 
-    from attention_ref.kit import golden
+    from attention_ref.kit import export, lowp
 
-    base = pathlib.Path(args.out).resolve()
-    loaded = {key: golden.load(key) for key in _keys(args)}
-    written = []
-    for key in loaded:
-        for source, target in zip(golden.paths(key), golden.paths(key, base), strict=True):
-            if base not in target.resolve().parents:
-                raise ParameterError(f"key {key!r} leads outside of {args.out}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            golden.write_atomically(target, source.read_bytes())
-            written.append(str(target.relative_to(base)))
+    base, written = pathlib.Path(args.out).resolve(), []
+    for key in _keys(args):
+        paths = export.export(key, base, args.format, args.dtype or tuple(lowp.EPS))
+        written += [path.relative_to(base).as_posix() for path in paths]
     if args.json:
         _print_json(written)
     else:

@@ -329,10 +329,12 @@ class Foreign:
         """Gradients under their names: a dict, or a tuple in the order of the arguments."""
         if isinstance(gradients, dict):
             back = {n: t for n, t in self.names.items()}
-            return {back.get(n, n): None if g is None else _numpy(g) for n, g in gradients.items()}
+            return {
+                back.get(n, n): None if g is None else to_numpy(g) for n, g in gradients.items()
+            }
         owed = [n for n, a in ready.items() if is_float(a)]
         parts = gradients if isinstance(gradients, (tuple, list)) else [gradients]
-        return {n: None if g is None else _numpy(g) for n, g in zip(owed, parts, strict=False)}
+        return {n: None if g is None else to_numpy(g) for n, g in zip(owed, parts, strict=False)}
 
     def _torch(self, ready, dout, dtype, how):
         import torch
@@ -370,7 +372,7 @@ class Foreign:
             out.backward(torch.tensor(np.ascontiguousarray(dout)).to(out.dtype))
         except Exception as failure:
             return Answer(outs, None, name, modified, f"the backward raised {describe(failure)}")
-        gradients = {n: None if t.grad is None else _numpy(t.grad) for n, t in leaves.items()}
+        gradients = {n: None if t.grad is None else to_numpy(t.grad) for n, t in leaves.items()}
         return Answer(outs, gradients, name, modified, note)
 
     def _jax(self, ready, dout, dtype):
@@ -403,7 +405,7 @@ class Foreign:
                 result, gradients = run(made, others, upstream)
             outs = _arrays(result)
             if gradients is not None:
-                gradients = {n: _numpy(g) for n, g in gradients.items()}
+                gradients = {n: to_numpy(g) for n, g in gradients.items()}
             return Answer(outs, gradients, _dtype_name(outs, result), (), "")
 
     def _one_by_one(self, given, dout, dtype, how):
@@ -484,10 +486,10 @@ def _arrays(result):
         rest = [x for x in result.values() if x is not head]
     if head is None or not (hasattr(head, "shape") or np.ndim(head) or np.isscalar(head)):
         raise BadReturn(f"it returned {type(head).__name__}, expected an array")
-    return [_numpy(head)] + [_numpy(x) for x in rest if hasattr(x, "shape")]
+    return [to_numpy(head)] + [to_numpy(x) for x in rest if hasattr(x, "shape")]
 
 
-def _numpy(x):
+def to_numpy(x):
     """Any framework's array as a NumPy array of its own; bfloat16 as float32."""
     if hasattr(x, "detach"):
         x = x.detach().cpu()
@@ -518,7 +520,8 @@ def _own(a):
 
 
 def _same(a, b):
-    return np.array_equal(_numpy(a), _numpy(b), equal_nan=np.asarray(_numpy(a)).dtype.kind == "f")
+    a, b = to_numpy(a), to_numpy(b)
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def _presented(a, how):

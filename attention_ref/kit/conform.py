@@ -311,8 +311,8 @@ class _Asked:
         spec, foreign = self.spec, self.foreign
         exact = {n: lowp.round_to(a, dtype).astype(np.float64) if is_float(a) else a
                  for n, a in kwargs.items()}  # fmt: skip
-        truth, cache, true = _truth(spec, exact | self.rule)
-        flat = tree.flatten(truth)
+        right_out, cache, true = truth(spec, exact | self.rule)
+        flat = tree.flatten(right_out)
         main = next(iter(flat))
         want, dout = flat[main], None
         if want.dtype.kind == "f":
@@ -331,7 +331,7 @@ class _Asked:
         out = answer.outs[0]
         if want.dtype.kind != "f":
             return self._exact(case, dtype, flat, answer.outs, repeat)
-        lines = [_judge(case, dtype, "out", out, want, plain[main], inside, FORWARD_RATIO, None,
+        lines = [judge(case, dtype, "out", out, want, plain[main], inside, FORWARD_RATIO, None,
                         repeat)]  # fmt: skip
         if lines[0].verdict == "WRONG":
             says = diagnose.forward(
@@ -347,7 +347,7 @@ class _Asked:
             return [*lines, Line(case, dtype, "d*", "not supported", None, None, None, lost, "")]
         wide = dout.astype(true)
         with door.extended():
-            right = spec.backward_function(tree.like(truth, {main: wide}), cache)
+            right = spec.backward_function(tree.like(right_out, {main: wide}), cache)
         right = {n: g.astype(np.float64) for n, g in right.items()}
         return lines + self._gradients(case, dtype, right, rough, answer, exact, dout, inside,
                                        repeat)  # fmt: skip
@@ -378,7 +378,7 @@ class _Asked:
         lines = []
         for (name, want), got in zip(list(flat.items())[1:], outs[1:], strict=False):
             if got.shape == want.shape and want.dtype.kind == "f":
-                lines.append(_judge(case, dtype, name, got, want, plain[name], inside,
+                lines.append(judge(case, dtype, name, got, want, plain[name], inside,
                                     FORWARD_RATIO, None, repeat))  # fmt: skip
         right = getattr(cache, "lse", None)
         if lines or right is None or len(outs) < 2 or outs[1].shape != right.shape:
@@ -388,7 +388,7 @@ class _Asked:
             {n: lowp.round_to(a, inside) if is_float(a) else a for n, a in exact.items()}
             | self.rule
         )
-        line = _judge(case, dtype, "lse", got[full], right[full], rough.lse[full], inside,
+        line = judge(case, dtype, "lse", got[full], right[full], rough.lse[full], inside,
                       FORWARD_RATIO, None, repeat)  # fmt: skip
         if line.verdict == "WRONG":
             says = diagnose.lse(got.astype(float), right.astype(float), exact | self.rule,
@@ -401,7 +401,7 @@ class _Asked:
         found = {n: g for n, g in answer.gradients.items() if g is not None}
         for name, g in right.items():
             if name in found:
-                lines.append(_judge(case, dtype, "d" + name, found[name], g, rough[name], inside,
+                lines.append(judge(case, dtype, "d" + name, found[name], g, rough[name], inside,
                                     GRADIENT_RATIO, size[name], repeat))  # fmt: skip
             elif np.any(g):
                 says = f"d{name} is missing: no gradient came back"
@@ -561,7 +561,7 @@ def _sizes_text(sizes):
     return ",".join(f"{n}={sizes[n]}" for n in "BHGTSDE" if n in sizes)
 
 
-def _truth(spec, exact):
+def truth(spec, exact):
     """Output and cache in extended precision, so that float64 too has an error to compare with."""
     wide = {n: a.astype(np.longdouble) if is_float(a) else a for n, a in exact.items()}
     try:
@@ -571,7 +571,7 @@ def _truth(spec, exact):
         return *spec.call(exact), np.float64
 
 
-def _judge(case, dtype, what, got, want, plain, inside, ratio, scale, repeat):
+def judge(case, dtype, what, got, want, plain, inside, ratio, scale, repeat):
     """At most ``ratio`` times the error of the plain implementation, or the floor."""
     want = np.asarray(want, np.longdouble)
     finite = np.abs(want[np.isfinite(want)])
