@@ -202,23 +202,47 @@ def test_a_number_for_all_distances_changes_nothing():
     np.testing.assert_allclose(np.sum(g["a"], axis=-1), 0.0, rtol=0, atol=1e-14)
 
 
+def without_heads(kwargs):
+    """The second head alone, without an axis of heads."""
+    first = {n: kwargs[n][0, 1] for n in "qkv"} | {n: kwargs[n][1] for n in ("R", "a", "u")}
+    return kwargs | first
+
+
+def test_one_head_needs_no_axis_of_heads():
+    kwargs = cases(SPEC)["causal"]
+    out, cache = relative_convolutional_forward(**kwargs)
+    alone, other = relative_convolutional_forward(**without_heads(kwargs))
+    np.testing.assert_allclose(alone, out[0, 1], rtol=0, atol=1e-15)
+    dout = np.zeros_like(out)
+    dout[0, 1] = np.random.default_rng(4).standard_normal(alone.shape)
+    whole, g = (
+        relative_convolutional_backward(d, c) for d, c in ((dout, cache), (dout[0, 1], other))
+    )
+    for n in ("q", "k", "v"):
+        np.testing.assert_allclose(g[n], whole[n][0, 1], rtol=0, atol=1e-14)
+    for n in ("R", "a", "u"):
+        np.testing.assert_allclose(g[n], whole[n][1], rtol=0, atol=1e-14)
+    for n in KERNELS:
+        np.testing.assert_allclose(g[n], whole[n], rtol=0, atol=1e-14)
+
+
 def test_moving_a_text_moves_its_outputs():
     """With zeros before it, masked: only differences of places count."""
-    kwargs = cases(SPEC)["no-heads"]
+    kwargs = without_heads(cases(SPEC)["causal"])
     q, k, v = (kwargs[n][:5] for n in "qkv")
     moved = {
         n: np.concatenate([np.zeros((2, x.shape[1])), x])
         for n, x in zip("qkv", (q, k, v), strict=True)
     }
     mask = np.arange(7) >= 2
-    out, _ = relative_convolutional_forward(**(kwargs | {"q": q, "k": k, "v": v}), causal=True)
-    later, _ = relative_convolutional_forward(**(kwargs | moved), causal=True, mask=mask)
+    out, _ = relative_convolutional_forward(**(kwargs | {"q": q, "k": k, "v": v}))
+    later, _ = relative_convolutional_forward(**(kwargs | moved), mask=mask)
     np.testing.assert_allclose(later[2:], out, rtol=0, atol=1e-14)
 
 
 def test_a_hidden_key_reaches_the_next_ones_through_the_convolution():
     kwargs = cases(SPEC)["long-queries"] | {"mask": np.arange(5) != 2}
-    assert kwargs["w_k"].shape[1] == 2
+    assert kwargs["w_k"].shape[1] == 3
     k = kwargs["k"].copy()
     k[..., 2, :] += 1.0
     out, changed = (
@@ -231,8 +255,8 @@ def test_a_hidden_key_reaches_the_next_ones_through_the_convolution():
 
 
 def test_all_hidden_and_all_seen():
-    kwargs = cases(SPEC)["packed"]
-    full = np.ones((6, 7), bool)
+    kwargs = cases(SPEC)["mask"]
+    full = np.ones((5, 7), bool)
     free = {n: x for n, x in kwargs.items() if n != "mask"}
     np.testing.assert_array_equal(
         relative_convolutional_forward(**free, mask=full)[0],
