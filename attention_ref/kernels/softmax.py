@@ -39,6 +39,7 @@ class Cache(NamedTuple):
     biased: bool
     empty_row: str
     seen: plan.Seen | None  # a pattern beyond causality; it holds that too
+    clean: bool  # k and v hold zeros for rows that are not finite; else the backward sees to it
     shapes: dict  # name -> shape of the argument as given
     dtypes: dict  # name -> dtype of the argument as given
 
@@ -60,10 +61,10 @@ def _heads(x):
     return x if x.ndim > 2 else x[None]
 
 
-def _flat(x, lead, dtype):
-    """(..., H, T, D) -> (N, H, T, D), leading axes broadcast."""
+def _flat(x, lead, dtype, heads=None):
+    """(..., H, T, D) -> (N, H, T, D), leading axes broadcast, one head to ``heads`` of them."""
     x = _heads(x)
-    inner = x.shape[-3:]
+    inner = (heads or x.shape[-3], *x.shape[-2:])
     if x.shape != lead + inner:
         x = np.broadcast_to(x, lead + inner)  # read-only, so prepare copies it
     return prepare(x.reshape(math.prod(lead), *inner), dtype)
@@ -93,6 +94,7 @@ def _arrange(q, k, v, mask, bias):
             f"k has shape {k.shape} and v {v.shape}, expected (..., G, S, D) and (..., G, S, E) "
             f"for q of shape {q.shape}"
         )
+    heads = groups if heads == 1 else heads  # one query head meets every key head
     if not groups or heads % groups:
         raise ShapeError(f"q has H = {heads} heads, k has G = {groups}, expected a multiple")
     if mask is not None:
@@ -100,7 +102,8 @@ def _arrange(q, k, v, mask, bias):
     lead = np.broadcast_shapes(*(_heads(x).shape[:-3] for x in (q, k, v)))
     mask = _thin("mask", mask, lead, (heads, queries, keys), np.bool_, q)
     bias = _thin("bias", bias, lead, (heads, queries, keys), dtype, q)
-    q, k, v = (_flat(x, lead, dtype) for x in (q, k, v))
+    q = _flat(q, lead, dtype, heads)
+    k, v = (_flat(x, lead, dtype) for x in (k, v))
     return q, k, v, mask, bias, lead, dtype
 
 
@@ -137,7 +140,8 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
     check.number("scale", scale)
     check.number("softcap", softcap, low=0, open_low=True)
     given = {"q": q, "k": k, "v": v, **({} if bias is None else {"bias": bias})}
-    masked, biased, inner = mask is not None, bias is not None, q.shape[-3:-2]
+    masked, biased = mask is not None, bias is not None
+    headed = max(q.ndim, k.ndim) > 2
     q, k, v, mask, bias, lead, dtype = _arrange(q, k, v, mask, bias)
     if dtype not in kernel.dtypes:
         names = " or ".join(map(str, kernel.dtypes))
@@ -156,26 +160,37 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         )  # fmt: skip
     out = np.empty_like(q, shape=(batch, heads, queries, depth))
     lse = np.empty_like(q, shape=(batch, heads, queries))
-    shape = (*lead, *inner, queries)
+    shape = (*lead, heads, queries) if headed else (queries,)
     cache = Cache(
         out.reshape(*shape, depth), lse.reshape(shape), q, k, v, mask, bias,
         1.0 / math.sqrt(width) if scale is None else float(scale), softcap, bool(causal),
         keys - queries if align == "lower_right" else 0, masked, biased, empty_row,
-        seen, {name: x.shape for name, x in given.items()},
+        seen, not raw, {name: x.shape for name, x in given.items()},
         {name: x.dtype for name, x in given.items()},
     )  # fmt: skip
     kernel.forward(cache, marked, out, lse)
-    _fill_empty_rows(out, lse, marked, v, heads // max(k.shape[1], 1), empty_row)
+    if empty_row != "zero":
+        empty = (lse == -np.inf) & _without_key(cache, lse)
+        _fill_empty_rows(out, lse, empty, marked, v, heads // max(k.shape[1], 1), empty_row)
     good_q = _finite_rows(q)
     if good_q is not None:
         cache = cache._replace(q=np.where(good_q, q, dtype.type(0)))
     return cache.out, cache
 
 
-def _fill_empty_rows(out, lse, k, v, share, empty_row):
+def _without_key(c, lse):
+    """Rows that mask and causality leave without a key; -inf in a bias is a key of weight 0."""
+    if not c.biased or c.seen is not None:
+        return np.ones_like(lse, dtype=bool)
+    _, _, queries, keys, _, _ = lengths(c)
+    place = np.arange(queries, like=lse)[:, None] + c.shift
+    seen = c.mask & (np.arange(keys, like=lse) <= (place if c.causal else keys))
+    return ~np.any(seen, axis=-1)
+
+
+def _fill_empty_rows(out, lse, empty, k, v, share, empty_row):
     """Queries without a key: zeros are there already, the other choices are written here."""
-    empty = lse == -np.inf
-    if empty_row == "zero" or not empty.any():
+    if not empty.any():
         return
     if empty_row == "raise":
         raise ParameterError(
@@ -227,7 +242,7 @@ def backward(kernel, dout, cache, dlse):
         delta -= np.where(empty | poison, dtype.type(0), np.reshape(dlse, delta.shape))
     lse = np.where(empty | poison, infinity, lse)  # so that their weights are exp(-inf) = 0
 
-    if getattr(kernel, "quarantines", False):
+    if not c.clean:
         k, v = (x if g is None else np.where(g, x, dtype.type(0))
                 for x, g in ((x, _finite_rows(x)) for x in (c.k, c.v)))  # fmt: skip
         c = c._replace(k=k, v=v)
@@ -236,6 +251,7 @@ def backward(kernel, dout, cache, dlse):
     dbias = np.zeros_like(c.q, shape=full)
     kernel.backward(c, dout, lse, delta, dq, dk, dv, dbias)
     if c.empty_row == "uniform" and empty.any():
+        empty = empty & _without_key(c, lse)
         spread = np.where(empty[..., None], dout, dtype.type(0)).sum(axis=2, keepdims=True) / keys
         groups = c.k.shape[1]
         dv += spread.reshape(batch, groups, heads // groups, 1, depth).sum(axis=2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from attention_ref.core.errors import DTypeError, ParameterError, ShapeError
-from attention_ref.kernels.numba import dense, threads
+from attention_ref.kernels.numba import decode, dense, threads
 from tests.kernels import formulas
 
 BOUND = 64  # eps, times the largest truth
@@ -136,6 +136,30 @@ def test_rows_without_a_key():
     more = dense.backward(x["dout"], cache)["v"] - dense.backward(x["dout"], run[0][1])["v"]
     spread = x["dout"][:, :, 4].reshape(1, 2, 2, 3).sum(axis=2)[:, :, None] / 11
     assert np.allclose(more, spread, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("empty_row", ["zero", "nan", "uniform", "raise"])
+@pytest.mark.parametrize("module", [dense, decode])
+def test_a_bias_of_minus_infinity_is_no_empty_row(module, empty_row):
+    """The mask leaves keys, all of weight 0: zeros, as in the reference, under every empty_row."""
+    x, options = draw((1, 2, 1, 3, 40, 5, 2), np.float64, bias=(0, 0, 0, 0), empty_row=empty_row)
+    options["bias"][:, :, 1] = -np.inf
+    out, _ = module.forward(x["q"], x["k"], x["v"], **options)
+    assert not out[:, :, 1].any() and np.isfinite(out).all()
+
+
+def test_one_query_head_meets_every_key_head():
+    x, options = draw((2, 1, 3, 9, 11, 5, 3), np.float64, causal=True)
+    dout = np.random.default_rng(1).standard_normal((2, 3, 9, 3))
+    out, cache = dense.forward(x["q"], x["k"], x["v"], **options)
+    wide = np.repeat(x["q"], 3, axis=1)
+    want, same = dense.forward(wide, x["k"], x["v"], **options)
+    assert np.array_equal(out, want)
+    g, h = dense.backward(dout, cache), dense.backward(dout, same)
+    assert np.allclose(g["q"], h["q"].sum(axis=1, keepdims=True), rtol=0, atol=1e-14)
+    assert np.array_equal(g["k"], h["k"]) and np.array_equal(g["v"], h["v"])
+    bare, _ = dense.forward(x["q"][0, 0], x["k"][0], x["v"][0], **options)
+    assert np.array_equal(bare, out[0])
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 1, 0, 5, 3, 2), (1, 2, 1, 5, 0, 3, 2),

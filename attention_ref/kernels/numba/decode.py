@@ -177,7 +177,6 @@ class _Kernel:
 
     dtypes = dense.DTYPES
     quarantines = True
-    backward = dense.KERNEL.backward
 
     @staticmethod
     def forward(c, k, out, lse):
@@ -219,12 +218,15 @@ def fits(q, k):
     return 0 < rows <= MOST and k.shape[-2] >= 4 * q.shape[-2]
 
 
+def best(q, k):
+    """The forward for these shapes, this one or that of ``dense``; they share the backward."""
+    return forward if fits(q, k) else dense.forward
+
+
 def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
             bias=None, empty_row="zero"):  # fmt: skip
     """Softmax attention of few queries; arguments and results as in ``kernels.softmax.forward``."""
     return softmax.forward(KERNEL, q, k, v, mask, causal, align, scale, softcap, bias, empty_row)
 
 
-def backward(dout, cache, dlse=None):
-    """Gradients of :func:`forward`; as in ``kernels.softmax.backward``."""
-    return softmax.backward(KERNEL, dout, cache, dlse)
+backward = dense.backward

@@ -323,9 +323,9 @@ def multi_query_numba(q, k, v, **options):
     cache : NamedTuple
         For :func:`multi_query_numba_backward`.
     """
-    from attention_ref.kernels.numba import dense
+    from attention_ref.kernels.numba import decode
 
-    return dense.forward(q, k, v, **options)
+    return decode.best(q, k)(q, k, v, **options)
 
 
 def multi_query_numba_backward(dout, cache):

@@ -235,6 +235,42 @@ def sparsemax_backward(dout, cache):
     return {"q": dq, "k": dk, "v": dv, **gradients}
 
 
+def sparsemax_numba(q, k, v, **options):
+    """The same call; the rows are projected by the compiled kernel, without sorting.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`sparsemax_forward`.
+
+    Returns
+    -------
+    out, cache
+        As there; the cache holds ``p`` but no ``tau``.
+    """
+    from attention_ref.kernels.numba import row_projection
+
+    return row_projection.forward(q, k, v, **options)
+
+
+def sparsemax_numba_backward(dout, cache):
+    """Gradients of :func:`sparsemax_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`sparsemax_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import row_projection
+
+    return row_projection.backward(dout, cache)
+
+
 def sparsemax_loss_forward(z, y):
     """The sparsemax loss of each row of scores: 0 once the right class leads by 1.
 
@@ -327,6 +363,7 @@ SPEC = core.Mechanism(
     key="normalizers/sparsemax",
     forward=sparsemax_forward,
     backward=sparsemax_backward,
+    numba=core.Backend(sparsemax_numba, sparsemax_numba_backward),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS),
     reduces_to=(

@@ -251,6 +251,70 @@ def sliding_window_backward(dout, cache):
     return gradients if bias_shape is None else gradients | {"bias": core.sum_to(dbias, bias_shape)}
 
 
+def sliding_window_numba(
+    q, k, v, qg=None, kg=None, vg=None, *, left=None, right=None, dilation=1, global_tokens=None,
+    align="lower_right", **options,
+):  # fmt: skip
+    """The same call by the compiled window, whose work grows with the window.
+
+    Global tokens see and are seen from everywhere; with them the dense kernel runs under a mask.
+
+    Parameters
+    ----------
+    q, k, v, qg, kg, vg, left, right, dilation, global_tokens, align, **options
+        As in :func:`sliding_window_forward`.
+
+    Returns
+    -------
+    out, cache
+        As there; the cache holds ``lse`` and no weights.
+    """
+    from attention_ref.kernels.numba import dense, window
+
+    near = {"left": left, "right": right, "dilation": dilation, "align": align}
+    given = {"qg": qg, "kg": kg, "vg": vg}
+    if global_tokens is None:
+        return window.forward(q, k, v, **near, **options)
+    _door(q, k, v, qg, kg, vg, left, right, dilation, global_tokens, align=align)
+    seen, ours = _window(q, k, left, right, dilation, global_tokens, align)
+    mask = options.pop("mask", None)
+    options |= {"mask": seen if mask is None else seen & mask, "align": align}
+    out, cache = dense.forward(q, k, v, **options)
+    if all(x is None for x in given.values()):
+        return out, (cache, None, None, None)
+    own = {name[0]: name[0] if x is None else name for name, x in given.items()}
+    qg, kg, vg = q if qg is None else qg, k if kg is None else kg, v if vg is None else vg
+    others, far = dense.forward(qg, kg, vg, **options)
+    return np.where(ours, others, out), (cache, far, ours, own)
+
+
+def sliding_window_numba_backward(dout, cache):
+    """Gradients of :func:`sliding_window_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`sliding_window_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense, window
+
+    if isinstance(cache, window.Cache):
+        return window.backward(dout, cache)
+    near, far, ours, own = cache
+    if far is None:
+        return dense.backward(dout, near)
+    gradients = dense.backward(np.where(ours, dout.dtype.type(0), dout), near)
+    for letter, dx in dense.backward(np.where(ours, dout, dout.dtype.type(0)), far).items():
+        name = own.get(letter, letter)
+        gradients |= {name: gradients[name] + dx if name in gradients else dx}
+    return gradients
+
+
 def _example(rng):
     cases = core.examples.attention(rng)
     cases["global-projections"] = core.examples.qkv(rng, lead=(), T=5, S=7) | {
@@ -291,11 +355,11 @@ def _by_hand(mine):
 
 
 SPEC = core.Mechanism(
-    key="patterns/sliding_window",
-    forward=sliding_window_forward, backward=sliding_window_backward, example=_example,
+    key="patterns/sliding_window", example=_example,
+    forward=sliding_window_forward, backward=sliding_window_backward,
+    numba=core.Backend(sliding_window_numba, sliding_window_numba_backward),
     flags=frozenset({"attention", "causal", "masked", "shift_invariant", "positional"}),
-    tokens={"kg": -2, "vg": -2}, visible=_visible,
-    reduces_to=(
+    tokens={"kg": -2, "vg": -2}, visible=_visible, reduces_to=(
         core.Reduction(
             "scores/dot_product", "a window as wide as the sequence",
             lambda rng: _example(rng)["causal-upper-left"] | {"left": 6, "right": 6},

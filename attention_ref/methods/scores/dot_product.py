@@ -180,10 +180,10 @@ def dot_product_numba(q, k, v, **options):
     cache : NamedTuple
         For :func:`dot_product_numba_backward`; holds ``lse``.
     """
-    from attention_ref.kernels.numba import dense
+    from attention_ref.kernels.numba import decode
 
     core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))  # heads must match
-    return dense.forward(q, k, v, **options)
+    return decode.best(q, k)(q, k, v, **options)
 
 
 def dot_product_numba_backward(dout, cache, dlse=None):
