@@ -86,6 +86,7 @@ def _parser():
     sub.add_argument("--sizes", help="only the first rows of every case, e.g. T=2,S=3")
     sub = add("bench", _bench, "ratios against other libraries, in one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
+    sub.add_argument("--out", help="also measure growth and memory; write JSON here, SVG beside")
     sub = add("student", _student, "tutorials without their solutions", json_too=False)
     sub.add_argument("keys", nargs="*", metavar="KEY")
     sub.add_argument("--out", required=True, help="folder to write to")
@@ -400,21 +401,28 @@ def _golden_calibrate(args):
 def _bench(args):
     import datetime
     import importlib.metadata
+    import pathlib
     import platform
 
-    from attention_ref.kernels.bench import run_benchmarks
+    from attention_ref.kernels import bench
+    from attention_ref.kit.tutorial import encode, write_files
 
-    rows = run_benchmarks(quick=args.quick)
+    rows = bench.run_benchmarks(quick=args.quick)
+    packages = [p for p in ("numpy", "numba", "torch", "entmax") if _version(p)]
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+        "rows": rows,
+    }
+    if args.out is not None:
+        path = pathlib.Path(args.out)
+        found["memory"] = bench.bench_memory(1024 if args.quick else 16384)
+        found["growth"] = bench.bench_growth(*(((256, 512, 1024), 512) if args.quick else ()))
+        write_files({path: encode(found)})
+        bench.draw(found["growth"], path.with_suffix(".svg"))
     if args.json:
-        packages = [p for p in ("numpy", "numba", "torch", "entmax") if _version(p)]
-        _print_json(
-            {
-                "date": datetime.date.today().isoformat(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "versions": {p: importlib.metadata.version(p) for p in packages},
-                "rows": rows,
-            }
-        )
+        _print_json(found)
     else:
         shown = [
             {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows

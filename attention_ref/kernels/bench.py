@@ -9,11 +9,21 @@ time over ours, so above 1 we are faster.
 import functools
 import importlib
 import math
+import sys
 import time
+import tracemalloc
 
 import numpy as np
 
-from attention_ref.kernels.numba import dense, row_projection, scan, threads
+from attention_ref.kernels.numba import (
+    block_sparse,
+    decode,
+    dense,
+    row_projection,
+    scan,
+    threads,
+    window,
+)
 
 TURNS = 7
 
@@ -190,6 +200,209 @@ def _token_loop_states(q, k, v, b, gate, state, scale, erase, dout):
     return np.stack(out, -2)
 
 
+def _chunked_loop(torch, q, k, v, gate, scale, chunk=64):
+    """Linear attention with decay by chunks: matrix products within, a state between them."""
+    total = torch.cumsum(torch.log(gate), -1)
+    state = torch.zeros(*q.shape[:-2], q.shape[-1], v.shape[-1])
+    lower, out = torch.tril(torch.ones(chunk, chunk, dtype=torch.bool)), []
+    for start in range(0, q.shape[-2], chunk):
+        part = slice(start, min(start + chunk, q.shape[-2]))
+        Q, K, V, G = q[..., part, :], k[..., part, :], v[..., part, :], total[..., part]
+        before = total[..., start - 1 : start] if start else torch.zeros_like(G[..., :1])
+        low = lower[: G.shape[-1], : G.shape[-1]]
+        between = torch.where(low, G[..., :, None] - G[..., None, :], -torch.inf).exp()
+        inner = (Q @ K.transpose(-1, -2) * between) @ V
+        out.append(inner + (G - before).exp()[..., None] * (Q @ state))
+        last = G[..., -1:]
+        state = (last - before).exp()[..., None] * state
+        state = state + ((last - G).exp()[..., None] * K).transpose(-1, -2) @ V
+    return torch.cat(out, -2) * scale
+
+
+def bench_chunked(length=16384, width=64, heads=8, dtype=np.float32):
+    """Linear attention with decay against a PyTorch loop over chunks of 64 tokens."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, length, width)).astype(dtype) for _ in range(3))
+    gate = rng.uniform(0.9, 1.0, (1, heads, length)).astype(dtype)
+    scale, torch = 1.0 / math.sqrt(width), _torch()
+    others = {}
+    if torch is not None:
+        tensors = [torch.from_numpy(x) for x in (q, k, v, gate)]
+        others["torch chunked loop"] = lambda: _chunked_loop(torch, *tensors, scale)
+    one = [x[:, :1].astype(np.float64) for x in (q, k, v)]
+    b, wide = np.ones((1, 1, length)), gate[:, :1].astype(np.float64)
+    truth = _token_loop(*one, b, wide, np.zeros((1, 1, width, width)), scale, False, np.stack)
+    return _compare("decay scan", f"B1 H{heads} N{length} D{width}", dtype,
+                    lambda: scan.decay_forward(q, k, v, gate)[0], others, truth,
+                    lambda out: out[:, :1])  # fmt: skip
+
+
+def _masked_formula(q, k, v, mask, most=256):
+    """Attention under a mask for the last queries of the first head, in float64."""
+    q, k, v = (x[:, :1].astype(np.float64) for x in (q[..., -most:, :], k, v))
+    z = np.where(mask[-most:], q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1]), -np.inf)
+    z = np.exp(z - np.max(z, axis=-1, keepdims=True))
+    return z / np.sum(z, axis=-1, keepdims=True) @ v
+
+
+def _sparse(pattern, shape, ours, q, k, v, mask, flex=None):
+    """One sparse pattern against PyTorch's dense attention with the mask, and FlexAttention."""
+    torch, others = _torch(), {}
+    if torch is not None:
+        tensors, boolean = [torch.from_numpy(x) for x in (q, k, v)], torch.from_numpy(mask)
+        call = torch.nn.functional.scaled_dot_product_attention
+        others["torch sdpa, mask"] = lambda: call(*tensors, attn_mask=boolean)
+        compiled = None if flex is None else _flex(torch, tensors, flex)
+        if compiled is not None:
+            others["torch flex, compiled"] = compiled
+    truth = _masked_formula(q, k, v, mask)
+    return _compare(pattern, shape, q.dtype, ours, others, truth,
+                    lambda out: out[:, :1, -truth.shape[-2] :])  # fmt: skip
+
+
+def _flex(torch, tensors, rule):
+    """FlexAttention compiled for this machine, or None where it does not run."""
+    try:
+        from torch.nn.attention import flex_attention as flex
+
+        length = tensors[0].shape[-2]
+        mask = flex.create_block_mask(rule, None, None, length, length, device="cpu")
+        compiled = torch.compile(flex.flex_attention)
+
+        def call():
+            with torch.no_grad():
+                return compiled(*tensors, block_mask=mask)
+
+        call()
+        return call
+    except Exception as failure:  # no compiler, an older PyTorch: said, not hidden
+        print(f"FlexAttention does not run here: {type(failure).__name__}", file=sys.stderr)
+        return None
+
+
+def bench_window(length=16384, near=256, width=64, heads=2, dtype=np.float32):
+    """A causal window against PyTorch's dense attention with the mask and FlexAttention."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, length, width)).astype(dtype) for _ in range(3))
+    step = np.subtract.outer(np.arange(length, dtype=np.int32), np.arange(length, dtype=np.int32))
+    return _sparse(
+        f"window {near}, causal", f"B1 H{heads} N{length} D{width}",
+        lambda: window.forward(q, k, v, left=near - 1, right=0)[0], q, k, v,
+        (step >= 0) & (step < near),
+        lambda b, h, t, s: (t >= s) & (t - s < near),
+    )  # fmt: skip
+
+
+def bench_block_sparse(length=8192, block=128, density=0.05, width=64, heads=2, dtype=np.float32):
+    """Blocks drawn at random, no row without one, against dense attention with the mask."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, length, width)).astype(dtype) for _ in range(3))
+    side = -(-length // block)
+    table = np.zeros((side, side), bool)
+    table.flat[rng.permutation(side * side)[: round(density * side * side)]] = True
+    table[np.arange(side), rng.integers(0, side, side)] |= ~table.any(axis=1)
+    mask = np.kron(table, np.ones((block, block), bool))[:length, :length]
+    return _sparse(f"blocks of {block}, {table.mean():.1%}", f"B1 H{heads} N{length} D{width}",
+                   lambda: block_sparse.forward(q, k, v, table, block)[0], q, k, v,
+                   mask)  # fmt: skip
+
+
+def bench_decode(length=32768, width=128, heads=32, groups=4, dtype=np.float32):
+    """One query over a long cache, several query heads to a key head."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, heads, 1, width)).astype(dtype)
+    k, v = (rng.standard_normal((1, groups, length, width)).astype(dtype) for _ in range(2))
+    torch, others = _torch(), {}
+    if torch is not None:
+        tensors = [torch.from_numpy(x) for x in (q, k, v)]
+        call = torch.nn.functional.scaled_dot_product_attention
+        others["torch sdpa"] = lambda: call(*tensors, enable_gqa=True)
+    wide = [np.repeat(x.astype(np.float64), heads // groups, axis=1) for x in (k, v)]
+    truth = _dense_formula(q.astype(np.float64), *wide, None, False)[0]
+    return _compare("decode", f"B1 H{heads} G{groups} N{length} D{width}", dtype,
+                    lambda: decode.forward(q, k, v)[0], others, truth)  # fmt: skip
+
+
+def bench_memory(length=16384, width=64):
+    """Extra memory of dense attention, forward and backward, beside inputs, output and gradients.
+
+    Measured by the allocator of NumPy; what a kernel holds for itself, a few tiles a thread, is
+    not among it.
+    """
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 1, length, width), np.float32) for _ in range(4))
+    dense.backward(dout[:, :, :8], dense.forward(q[:, :, :8], k, v)[1])  # compiled, not measured
+    tracemalloc.start()
+    try:
+        out, cache = dense.forward(q, k, v)
+        gradients = dense.backward(dout, cache)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    kept = out.nbytes + sum(g.nbytes for g in gradients.values())
+    return {
+        "pattern": "dense forward+backward", "shape": f"B1 H1 N{length} D{width}",
+        "dtype": "float32", "extra_mb": (peak - kept) / 2**20,
+        "scores_mb": length * length * 4 / 2**20,
+    }  # fmt: skip
+
+
+def bench_growth(lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536), most=4096, width=64):
+    """Time against the number of tokens, one head: ours, and the others up to ``most`` tokens.
+
+    Returns
+    -------
+    list of dict
+        pattern, who, tokens, seconds (the smallest of five), and for the last of a line the
+        exponent of a straight line through log time from 2048 tokens on.
+    """
+    rows, torch = [], _torch()
+    for pattern in ("dense, causal", "window 256, causal", "decay scan", "delta scan"):
+        for who in ("ours", "torch"):
+            line = []
+            for tokens in lengths:
+                quadratic = pattern.startswith("dense") or (who == "torch" and "window" in pattern)
+                if (who == "torch" and torch is None) or (quadratic and tokens > 4 * most):
+                    continue
+                if who == "torch" and pattern == "delta scan" and tokens > most:
+                    continue
+                call = _growth_call(pattern, who, tokens, width, torch)
+                call()
+                line.append((tokens, min(_seconds(call) for _ in range(5 if tokens < 9000 else 3))))
+            far = [(math.log(n), math.log(s)) for n, s in line if n >= 2048]
+            exponent = float(np.polyfit(*zip(*far, strict=True), 1)[0]) if len(far) > 2 else None
+            rows += [{"pattern": pattern, "who": who, "tokens": n, "seconds": s,
+                      "exponent": exponent} for n, s in line]  # fmt: skip
+    return rows
+
+
+def _growth_call(pattern, who, tokens, width, torch):
+    """One call of one pattern at one length."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 1, tokens, width), np.float32) for _ in range(3))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    b, gate = rng.uniform(0.5, 1.0, (2, 1, 1, tokens)).astype(np.float32)
+    if who == "ours":
+        return {
+            "dense, causal": lambda: dense.forward(q, k, v, causal=True),
+            "window 256, causal": lambda: window.forward(q, k, v, left=255, right=0),
+            "decay scan": lambda: scan.decay_forward(q, k, v, gate),
+            "delta scan": lambda: scan.delta_forward(q, k, v, b, gate),
+        }[pattern]
+    x = [torch.from_numpy(y) for y in (q, k, v)]
+    rates, scale = [torch.from_numpy(y) for y in (b, gate)], width**-0.5
+    state, call = torch.zeros(1, 1, width, width), torch.nn.functional.scaled_dot_product_attention
+    if pattern == "window 256, causal":
+        step = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        mask = (step >= 0) & (step < 256)
+        return lambda: call(*x, attn_mask=mask)
+    return {
+        "dense, causal": lambda: call(*x, is_causal=True),
+        "decay scan": lambda: _chunked_loop(torch, *x, rates[1], scale),
+        "delta scan": lambda: _token_loop(*x, *rates, state, scale, True, torch.stack),
+    }[pattern]
+
+
 def _sparsemax_formula(z):
     """Sparsemax by sorting."""
     z = z - np.max(z, axis=-1, keepdims=True)
@@ -199,18 +412,32 @@ def _sparsemax_formula(z):
     return np.maximum(z - np.take_along_axis(thresholds, count - 1, axis=-1), 0)
 
 
+def _entmax_formula(z):
+    """1.5-entmax by sorting, after Peters et al. 2019."""
+    z = (z - np.max(z, axis=-1, keepdims=True)) / 2
+    order = np.sort(z, axis=-1)[..., ::-1]
+    rho = np.arange(1, z.shape[-1] + 1, dtype=z.dtype)
+    mean, square = (np.cumsum(x, axis=-1) / rho for x in (order, order * order))
+    thresholds = mean - np.sqrt(np.maximum((1 - rho * (square - mean**2)) / rho, 0))
+    count = np.sum(thresholds <= order, axis=-1, keepdims=True)
+    return np.maximum(z - np.take_along_axis(thresholds, count - 1, axis=-1), 0) ** 2
+
+
 def bench_row_projection(rows=8192, length=2048, dtype=np.float32):
-    """Sparsemax rows against sorting in NumPy and the entmax package."""
+    """Sparsemax and 1.5-entmax rows against sorting in NumPy and the entmax package."""
     z = np.random.default_rng(0).standard_normal((rows, length)).astype(dtype)
-    others = {"numpy sort": lambda: _sparsemax_formula(z)}
-    torch, entmax = _torch(), _module("entmax")
-    if torch is not None and entmax is not None:
-        tensor = torch.from_numpy(z)
-        others["entmax"] = lambda: entmax.sparsemax(tensor, dim=-1)
-    truth = _sparsemax_formula(z[:64].astype(np.float64))
-    return _compare("sparsemax rows", f"{rows} x {length}", dtype,
-                    lambda: row_projection.sparsemax_rows(z), others, truth,
-                    lambda out: out[:64])  # fmt: skip
+    torch, entmax, found = _torch(), _module("entmax"), []
+    for name, ours, formula, theirs in (
+        ("sparsemax", row_projection.sparsemax_rows, _sparsemax_formula, "sparsemax"),
+        ("entmax 1.5", row_projection.entmax_rows, _entmax_formula, "entmax15"),
+    ):
+        others = {"numpy sort": functools.partial(formula, z)}
+        if torch is not None and entmax is not None:
+            others["entmax"] = functools.partial(getattr(entmax, theirs), torch.from_numpy(z), -1)
+        truth = formula(z[:64].astype(np.float64))
+        found += _compare(f"{name} rows", f"{rows} x {length}", dtype, functools.partial(ours, z),
+                          others, truth, lambda out: out[:64])  # fmt: skip
+    return found
 
 
 def run_benchmarks(quick=False):
@@ -233,8 +460,46 @@ def run_benchmarks(quick=False):
             for causal in (False, True):
                 rows += bench_dense(length, width, causal=causal, backward=backward)
     length = 256 if quick else 4096
+    rows += bench_window(*((1024, 64) if quick else ()))
+    rows += bench_block_sparse(*((512, 64) if quick else ()))
     rows += bench_scan(length)
-    rows += bench_scan(length, erase=False)
+    rows += bench_chunked(*((512,) if quick else ()))
     rows += bench_scan(length // 4, backward=True)
-    rows += bench_row_projection(*((512, 512) if quick else (8192, 2048)))
+    rows += bench_row_projection(*((512, 512) if quick else ()))
+    rows += bench_decode(*((1024,) if quick else ()))
     return rows
+
+
+def draw(growth, path):
+    """Time against the number of tokens, both axes logarithmic, as an SVG.
+
+    Parameters
+    ----------
+    growth : list of dict
+        From :func:`bench_growth`.
+    path : Path
+        Where to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from attention_ref.kit import tutorial
+
+    tutorial.style(path.stem)
+    patterns = list(dict.fromkeys(row["pattern"] for row in growth))
+    figure, axes = plt.subplots(1, len(patterns), figsize=(11, 3.2), sharey=True)
+    for ax, pattern in zip(np.atleast_1d(axes), patterns, strict=True):
+        for who, color, mark in (("ours", tutorial.BLUE, "o"), ("torch", tutorial.ORANGE, "s")):
+            line = [r for r in growth if r["pattern"] == pattern and r["who"] == who]
+            if line:
+                slope = line[-1]["exponent"]
+                ax.loglog([r["tokens"] for r in line], [r["seconds"] for r in line], mark + "-",
+                          color=color, label=who + (f", N^{slope:.2f}" if slope else ""))
+        ax.set(title=pattern, xlabel="tokens N")
+        ax.set_xscale("log", base=2)
+        ax.legend(loc="upper left")
+    np.atleast_1d(axes)[0].set_ylabel("seconds, one head of width 64")
+    tutorial.write_files({path: tutorial._svg(figure, path.stem)})
+    plt.close(figure)

@@ -5,6 +5,7 @@ where ``make tutorial`` left them. Everything written goes to folders that git i
 """
 
 import ast
+import html
 import inspect
 import json
 import re
@@ -321,13 +322,48 @@ def tables():
     head = ("method", "agreed before it was written", "bounds in float64, eps", "in float32, eps")
     write(METHODS / "bounds.inc", table(head, rows))
 
-    from attention_ref.kit import zoo
-
-    rows = [(f"``{bug}``", "output", says) for bug, says in zoo.FORWARD.items()]
-    rows += [(f"``{bug}``", "gradients", says) for bug, says in zoo.BACKWARD.items()]
-    write(METHODS / "zoo.inc", table(("animal", "shows in", "what the report says"), rows))
+    write(METHODS / "zoo.inc", exhibits())
+    write(METHODS / "frameworks.inc", frameworks())
     write(METHODS / "course.inc", course())
     write(METHODS / "benchmarks.inc", benchmarks())
+
+
+def exhibits():
+    """The bug zoo from ``docs/zoo.json``: the failing report, and the answer folded below it."""
+    text = ""
+    for i, x in enumerate(json.loads((DOCS / "zoo.json").read_text(encoding="utf-8")), 1):
+        text += heading(f"Exhibit {i}", "~")
+        text += f"``{x['key']}``, wrong in the {x['shows']}; "
+        text += f"wrong lines in float64: {x['wrong']}.\n\n"
+        head = ("case", "what", "error", "bound", "plain")
+        rows = [head, *x["lines"]]
+        widths = [max(len(r[j]) for r in rows) for j in range(len(head))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        if x["smallest"]:
+            case, what, sizes = x["smallest"]
+            lines += ["", f"smallest failing case: {case}, {what}, {sizes}".rstrip(", ")]
+        text += ".. code-block:: text\n\n"
+        text += "".join(f"   {line}".rstrip() + "\n" for line in lines) + "\n"
+        seen = "".join(f"<li>{html.escape(f'{n}: {says}')}</li>" for n, says in x["properties"])
+        seen = f"<ul>{seen}</ul>" if seen else ""
+        text += ".. raw:: html\n\n   <details><summary>The answer</summary>"
+        text += f"<p><b>{html.escape(x['name'])}</b>: <i>{html.escape(x['says'])}</i></p>"
+        text += f"{seen}</details>\n\n"
+    return text
+
+
+def frameworks():
+    """The table of conventions, a question a row; a dagger where a test asserts the cell."""
+    from attention_ref.kit.frameworks import conventions, questions
+
+    rows = conventions()
+    head = ["", *(f"`{r['title']} <{r['source']}>`__ ({r['version']})" if n != "attention_ref"
+                  else r["title"] for n, r in rows.items())]  # fmt: skip
+    cells = [
+        [says, *(r[q] + (" †" if q in r["asserted"] else "") for r in rows.values())]
+        for q, says in questions().items()
+    ]
+    return table(head, cells)
 
 
 def course():
@@ -347,12 +383,29 @@ def benchmarks():
         rows = found["rows"] if isinstance(found, dict) else found
         text += heading(path.stem, "-")
         if isinstance(found, dict):
-            about = {k: v for k, v in found.items() if k != "rows"}
+            about = {k: v for k, v in found.items() if k not in ("rows", "growth", "memory")}
             text += "; ".join(f"{k}: {v}" for k, v in about.items()) + "\n\n"
+            text += growth(path, found)
         head = list(rows[0])
         cells = [[number(row.get(h)) for h in head] for row in rows]
         text += table(head, cells) + "\n"
     return text or "None measured yet.\n"
+
+
+def growth(path, found):
+    """The picture beside a benchmark file, and its line about memory."""
+    text = ""
+    if path.with_suffix(".svg").is_file():
+        text += f".. figure:: benchmarks/{path.stem}.svg\n"
+        text += "   :alt: time against the number of tokens, ours and PyTorch's\n\n"
+        text += "   Time against the number of tokens; exponent of the growth from 2048 on.\n"
+        text += "   PyTorch: dense attention (with the mask for the window), a loop over chunks\n"
+        text += "   of 64 tokens for the decay, over tokens for the delta rule.\n\n"
+    if "memory" in found:
+        m = found["memory"]
+        text += f"Extra memory of {m['pattern']}, {m['shape']}: {m['extra_mb']:.0f} MB; the scores "
+        text += f"alone would take {m['scores_mb']:.0f} MB.\n\n"
+    return text
 
 
 def number(x):
