@@ -21,8 +21,9 @@ else goes on:
     p_{ts} = \sigma_{ts}\, f_{ts}                                                          &(2)\\
     o_t &= \textstyle\sum_s p_{ts}\, v_s                                                   &(3)
 
-(3) is common to both. f is the probability to reach a key, p the probability to stop there, in expectation over all runs:
-so there is a gradient. Weights of the monotonic part sum to at most 1; the rest ran off the end.
+(3) is common to both. f is the probability to reach a key, p the probability to stop there, in
+expectation over all runs: so there is a gradient. Weights of the monotonic part sum to at most 1;
+the rest ran off the end.
 
 Source: Zhao et al. 2022, abstract; *reconstruction* from its components: Correia et al. 2019
 (learned alpha), Raffel et al. 2017 (expected alignment), dropping of heads as it is known for
