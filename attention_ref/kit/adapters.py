@@ -120,8 +120,9 @@ def _from_code(code, names, function, deep=2):
         value = values.get(name, name)
         module = getattr(value, "__name__", "") if inspect.ismodule(value) else ""
         module = module or getattr(value, "__module__", None) or (name if value is name else "")
-        if _known(module):
-            return _known(module)
+        found = _known(module) or _known(type(value).__module__)
+        if found:
+            return found
         if inspect.isfunction(value) and value is not function:
             helpers.append(value)
     for helper in helpers if deep else ():
@@ -466,7 +467,7 @@ def first(result):
     """The output: the first of a tuple or of a dict, the field ``out``, or the thing itself."""
     if hasattr(result, "_fields"):
         return getattr(result, "out", result[0])
-    if isinstance(result, (tuple, list)):
+    if isinstance(result, (tuple, list)) and _several(result):
         return result[0] if result else None
     if isinstance(result, dict):
         return result.get("out", next(iter(result.values()), None))
@@ -476,15 +477,20 @@ def first(result):
     return result
 
 
+def _several(result):
+    """Whether a tuple or list holds arrays, and is not itself one of numbers."""
+    return isinstance(result, tuple) or any(hasattr(x, "shape") for x in result) or not result
+
+
 def _arrays(result):
     """Everything returned, output first, as NumPy arrays; what is no array is left out."""
     head = first(result)
     rest = []
-    if isinstance(result, (tuple, list)):
+    if isinstance(result, (tuple, list)) and _several(result):
         rest = [x for x in result if x is not head]
     elif isinstance(result, dict):
         rest = [x for x in result.values() if x is not head]
-    if head is None or not (hasattr(head, "shape") or np.ndim(head) or np.isscalar(head)):
+    if head is None or not (hasattr(head, "shape") or isinstance(head, list) or np.isscalar(head)):
         raise BadReturn(f"it returned {type(head).__name__}, expected an array")
     return [to_numpy(head)] + [to_numpy(x) for x in rest if hasattr(x, "shape")]
 
@@ -497,6 +503,10 @@ def to_numpy(x):
         return np.array(x.numpy())
     if str(getattr(x, "dtype", "")) == "bfloat16":
         return np.array(x, dtype=np.float32)
+    if isinstance(x, list) and x and all(isinstance(row, (list, set)) for row in x):
+        most = max(len(row) for row in x)  # kept indices, as many as there are; sets too
+        if any(isinstance(row, set) or len(row) < most for row in x):
+            x = [[*sorted(row), *[-1] * (most - len(row))] for row in x]
     return np.array(x.get() if hasattr(x, "get") and hasattr(x, "device") else x)
 
 

@@ -5,6 +5,8 @@ sums in float32, as matrix units do. A reference that runs on it is the plain lo
 implementation whose error a kernel is measured by.
 """
 
+import contextlib
+
 import numpy as np
 
 from attention_ref.kit import tree
@@ -58,22 +60,30 @@ def from_bits(bits):
 
 
 class Rounded(np.ndarray):
-    """A float32 array whose every operation is rounded to ``dtype_name``."""
+    """A float array whose every operation is rounded to ``grid``, or disturbed by one rounding."""
 
-    dtype_name = "float16"
+    grid = "float16"
+    noise = None
 
     def __array_finalize__(self, source):
-        self.dtype_name = getattr(source, "dtype_name", self.dtype_name)
+        self.grid = getattr(source, "grid", self.grid)
+        self.noise = getattr(source, "noise", self.noise)
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         if out is not None:
             kwargs["out"] = tuple(_plain(x) for x in out)
         result = getattr(ufunc, method)(*(_plain(x) for x in inputs), **kwargs)
-        return _wrap(result, self.dtype_name)
+        return _wrap(result, self.grid, self.noise, ufunc.__name__ not in EXACT)
 
     def __array_function__(self, function, types, args, kwargs):
         result = function(*_deep(args), **_deep(kwargs))
-        return _wrap(result, self.dtype_name)
+        return _wrap(result, self.grid, self.noise, function.__name__ in SUMS)
+
+
+EXACT = {"maximum", "minimum", "fmax", "fmin", "negative", "positive", "absolute", "sign",
+         "floor", "ceil", "rint", "trunc", "copysign"}  # fmt: skip
+SUMS = {"sum", "mean", "einsum", "cumsum", "prod", "cumprod", "dot", "tensordot", "average"}
+"""Calls that round; what only selects or moves numbers is never disturbed."""
 
 
 def _plain(x):
@@ -88,17 +98,21 @@ def _deep(x):
     return _plain(x)
 
 
-def _wrap(x, name):
+def _wrap(x, grid, noise, disturb=False):
     if isinstance(x, (tuple, list)):
-        return type(x)(_wrap(v, name) for v in x)
-    if isinstance(x, (np.ndarray, np.floating)) and x.dtype.kind == "f":
-        rounded = round_to(np.asarray(x, np.float32), name).view(Rounded)
-        rounded.dtype_name = name
-        return rounded
-    return x
+        return type(x)(_wrap(v, grid, noise, disturb) for v in x)
+    if not (isinstance(x, (np.ndarray, np.floating)) and x.dtype.kind == "f"):
+        return x
+    a = round_to(np.asarray(x), grid)
+    if noise is not None and disturb:
+        off = noise.uniform(-1.0, 1.0, a.shape) * EPS[grid]
+        a = round_to(np.where(np.isfinite(a), a * (1.0 + off), a), grid)
+    a = a.view(Rounded)
+    a.grid, a.noise = grid, noise
+    return a
 
 
-def plain(spec, kwargs, dout, dtype):
+def plain(spec, kwargs, dout, dtype, noise=None):
     """Output and gradients of a row computed in a dtype by the plain implementation.
 
     Parameters
@@ -111,6 +125,9 @@ def plain(spec, kwargs, dout, dtype):
         Upstream gradient of the main output; None for no gradients.
     dtype : {"float64", "float32", "float16", "bfloat16"}
         Of every step.
+    noise : numpy.random.Generator, optional
+        Disturb the result of every step by up to one rounding: what another order of the same
+        steps may do.
 
     Returns
     -------
@@ -118,20 +135,62 @@ def plain(spec, kwargs, dout, dtype):
         Name -> ndarray.
     gradients : dict or None
     """
-    narrow = dtype in ("float16", "bfloat16")
+    wrapped = dtype in ("float16", "bfloat16") or noise is not None
 
     def given(a):
-        a = round_to(a, dtype)
-        return _wrap(a, dtype) if narrow else a
+        return _wrap(a, dtype, noise) if wrapped else round_to(a, dtype)
 
     ready = {n: given(a) if getattr(a, "dtype", np.dtype(int)).kind == "f" else a
              for n, a in kwargs.items()}  # fmt: skip
     with np.errstate(all="ignore"):
         out, cache = spec.call(ready)
-        flat = {n: _plain(np.asarray(a)) if narrow else np.asarray(a)
-                for n, a in tree.flatten(out).items()}  # fmt: skip
+        flat = {n: _plain(np.asarray(a)) for n, a in tree.flatten(out).items()}
         if dout is None or spec.backward_function is None:
             return flat, None
         upstream = tree.like(out, {next(iter(flat)): given(np.asarray(dout, np.float64))})
         gradients = spec.backward_function(upstream, cache)
     return flat, {n: np.asarray(_plain(g)) for n, g in gradients.items()}
+
+
+def runs(spec, kwargs, dout, dtype, seed):
+    """The plain implementation, as it is and disturbed: name -> list of arrays, twice.
+
+    A disturbed run that ends elsewhere (a row that sorts or thresholds may take another branch) is
+    left out.
+
+    Parameters
+    ----------
+    spec, kwargs, dout, dtype
+        As in :func:`plain`.
+    seed : int
+        Of the disturbance.
+
+    Returns
+    -------
+    outs : dict
+    gradients : dict
+        Empty without ``dout``.
+    """
+    found = [plain(spec, kwargs, dout, dtype)]
+    if dtype in ("float64", "float32") and spec.kind in ("mechanism", "module", "regularizer"):
+        with contextlib.suppress(TypeError, ValueError, AttributeError):  # takes no subclass
+            found.append(plain(spec, kwargs, dout, dtype, np.random.default_rng(seed)))
+    near = EPS[dtype] ** (1 / 3)
+    sets = []
+    for part in (0, 1):
+        first = {n: a for n, a in (found[0][part] or {}).items() if a.dtype.kind == "f"}
+        most = max((_size(a) for a in first.values()), default=0.0)
+        sets.append({
+            n: [a, *(f[part][n] for f in found[1:] if n in first
+                     and _close(f[part][n], a, near * max(_size(a), most / 100)))]
+            for n, a in (found[0][part] or {}).items()
+        })  # fmt: skip
+    return sets
+
+
+def _size(a):
+    return float(np.max(np.abs(a[np.isfinite(a)]), initial=0.0))
+
+
+def _close(a, b, atol):
+    return a.shape == b.shape and np.allclose(a, b, rtol=0, atol=atol, equal_nan=True)

@@ -88,6 +88,27 @@ DELTA = {
 }
 """Name -> what the report says, for mistakes in the delta rule."""
 
+ARGUMENTS = {
+    "patterns/sliding_window": (
+        "window off by one to the left: matches if it reaches one key further",
+        "window off by one to the left: matches if it reaches one key less far",
+        "window off by one to the right: matches if it reaches one key further",
+        "matches with dilation at its default: it has no effect",
+        "matches with global_tokens at its default: it has no effect",
+    ),
+    "scores/rotary": (
+        "rotary pairs interleaved, expected halves",
+        "rotary pairs halves, expected interleaved",
+        "matches if rotary turns in the other direction",
+        "matches if rotary positions of the queries start at 0",
+        "matches if rotary turns the queries only",
+    ),
+    "scores/alibi": ("matches with the sign of m turned",),
+    "normalizers/sparsemax": ("matches with the mask inverted: True seems to mean 'blocked'",),
+    "recurrent/delta_rule": ("matches with state at its default: it has no effect",),
+}
+"""Row -> mistakes in one argument of it, as :func:`variants` says them: exhibits for the docs."""
+
 
 def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
            bias=None, bug=None):  # fmt: skip
@@ -410,3 +431,29 @@ def animal(bug):
         return cache(dout)
 
     return forward, backward
+
+
+def variant(key, says):
+    """The reference itself with one argument wrong, as a function to be found out.
+
+    Parameters
+    ----------
+    key : str
+        A row.
+    says : str
+        What :func:`variants` calls the mistake.
+
+    Returns
+    -------
+    callable
+        ``forward(**kwargs) -> out``; right where the mistake does not apply.
+    """
+    from attention_ref.core.registry import get
+
+    spec = get(key)
+
+    def forward(**kwargs):
+        changed = dict(variants(spec, kwargs)).get(says, kwargs)
+        return spec.call(changed)[0]
+
+    return forward

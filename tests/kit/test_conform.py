@@ -10,9 +10,7 @@ import attention_ref
 from attention_ref import kit
 from attention_ref.core.errors import ParameterError
 from attention_ref.kit import golden, zoo
-from attention_ref.kit.checks import cases
 
-BUGS = {**zoo.FORWARD, **zoo.BACKWARD}
 ROWS = [key for key in attention_ref.keys(kind="mechanism") if golden.paths(key)[0].is_file()]
 
 
@@ -21,32 +19,6 @@ def test_every_mechanism_conforms_to_itself(key):
     spec = attention_ref.get(key)
     report = kit.check(spec.forward, key, backward=spec.backward)
     assert report.ok, report
-
-
-def test_the_zoo_without_a_bug_is_right():
-    """``zoo.attend`` shares no step with the library, and agrees with it."""
-    for key in ("scores/dot_product", "heads/multi_query"):
-        spec = attention_ref.get(key)
-        for kwargs in cases(spec).values():
-            out, cache = spec.forward(**kwargs)
-            found, backward = zoo.attend(**kwargs)
-            dout = np.random.default_rng(1).standard_normal(out.shape)
-            np.testing.assert_allclose(found, out, rtol=0, atol=1e-14)
-            for name, g in backward(dout).items():
-                np.testing.assert_allclose(g, spec.backward(dout, cache)[name], rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_each_animal_is_named(bug):
-    forward, backward = zoo.animal(bug)
-    key = "heads/multi_query" if "group" in bug else "scores/dot_product"
-    report = kit.check(forward, key, backward=backward)
-    assert not report.ok
-    assert BUGS[bug] in report.named, report.named
-
-
-def test_at_least_twenty_classic_bugs():
-    assert len(BUGS) >= 20
 
 
 def right(q, k, v, causal=False, scale=None, mask=None):

@@ -33,7 +33,8 @@ def test_the_plain_implementation_is_within_its_own_tolerance(dtype):
     for key in ("scores/dot_product", "recurrent/delta_rule", "normalizers/sparsemax"):
         for case in kit.cases(key, dtypes=(dtype,)):
             outs, gradients = case.plain
-            case.assert_matches(outs[case.main], gradients)
+            for i, out in enumerate(outs[case.main]):
+                case.assert_matches(out, {n: g[min(i, len(g) - 1)] for n, g in gradients.items()})
             grid = case.inputs["q"].astype(float)
             assert np.array_equal(lowp.round_to(grid, dtype).astype(float), grid)
 
