@@ -157,6 +157,7 @@ def _columns(head, rows):
 
 
 def short(x):
+    """A number in three digits, "-" for none."""
     return "-" if x is None else f"{x:.3g}"
 
 
