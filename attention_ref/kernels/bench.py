@@ -202,19 +202,18 @@ def _token_loop_states(q, k, v, b, gate, state, scale, erase, dout):
 
 def _chunked_loop(torch, q, k, v, gate, scale, chunk=64):
     """Linear attention with decay by chunks: matrix products within, a state between them."""
-    total = torch.cumsum(torch.log(gate), -1)
     state = torch.zeros(*q.shape[:-2], q.shape[-1], v.shape[-1])
     lower, out = torch.tril(torch.ones(chunk, chunk, dtype=torch.bool)), []
     for start in range(0, q.shape[-2], chunk):
         part = slice(start, min(start + chunk, q.shape[-2]))
-        Q, K, V, G = q[..., part, :], k[..., part, :], v[..., part, :], total[..., part]
-        before = total[..., start - 1 : start] if start else torch.zeros_like(G[..., :1])
+        Q, K, V = q[..., part, :], k[..., part, :], v[..., part, :]
+        G = torch.cumsum(torch.log(gate[..., part]), -1)
         low = lower[: G.shape[-1], : G.shape[-1]]
         between = torch.where(low, G[..., :, None] - G[..., None, :], -torch.inf).exp()
         inner = (Q @ K.transpose(-1, -2) * between) @ V
-        out.append(inner + (G - before).exp()[..., None] * (Q @ state))
+        out.append(inner + G.exp()[..., None] * (Q @ state))
         last = G[..., -1:]
-        state = (last - before).exp()[..., None] * state
+        state = last.exp()[..., None] * state
         state = state + ((last - G).exp()[..., None] * K).transpose(-1, -2) @ V
     return torch.cat(out, -2) * scale
 
