@@ -77,6 +77,8 @@ def _parser():
     sub.add_argument("--backward", help="module:name of its backward, for NumPy functions")
     sub.add_argument("--framework", help="numpy, torch, jax or cupy (default: guessed)")
     sub.add_argument("--layout", default="BHTD", help="BHTD, BTHD, HTD or TD")
+    sub.add_argument("--names", help='our names -> its names as JSON: {"q": "query"}')
+    sub.add_argument("--fixed", help='further arguments as JSON: {"enable_gqa": true}')
     sub.add_argument("--align", help="its causal alignment: lower_right or upper_left")
     sub.add_argument("--mask", help="its masks: attend (True = may attend), blocked or additive")
     sub.add_argument("--empty-row", help="a query without keys: zero, nan or uniform")
@@ -306,8 +308,9 @@ def _load(path):
         found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as failure:
-        raise ParameterError(f"function {path!r} cannot be loaded: {failure}") from None
+    except Exception as failure:  # whatever the module does when it is imported
+        said = f"{type(failure).__name__}: {failure}"
+        raise ParameterError(f"function {path!r} cannot be loaded: {said}") from None
     finally:
         sys.path.pop(0)
     return found
@@ -326,11 +329,26 @@ def _check(args):
         layout=args.layout,
         cases=args.case,
         dtypes=args.dtype or ("float64", "float32"),
+        names=_object("names", args.names),
+        fixed=_object("fixed", args.fixed),
         sizes=_sizes(args.sizes),
         conventions={n: a for n, a in told.items() if a},
     )
     print(report.to_json() if args.json else report)
     return 0 if report.ok else 1
+
+
+def _object(name, text):
+    """A dictionary from JSON text, None without."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as failure:
+        raise ParameterError(f"{name} is {text!r}, expected a JSON object: {failure}") from None
+    if not isinstance(found, dict):
+        raise ParameterError(f'{name} is {text!r}, expected a JSON object like {{"q": "query"}}')
+    return found
 
 
 def _sizes(text):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -169,5 +170,7 @@ def test_a_wrong_kernel_in_pytorch_is_explained():
             z = z.masked_fill(~live, -torch.inf)
         return torch.softmax(z, -1) @ v
 
-    report = kit.check(mine, framework="torch")
+    begin = time.perf_counter()
+    report = kit.check(mine)
+    assert time.perf_counter() - begin < 10  # the promise of the docs
     assert "matches if each query also sees the next key" in report.named

@@ -1,6 +1,7 @@
 """``kit.check`` on functions as people write them: odd signatures, returns, manners, precision."""
 
 import functools
+import json
 import math
 import shlex
 import sys
@@ -293,12 +294,31 @@ def test_sizes_and_conventions_are_checked():
     assert kit.check(attend, extra=mine, cases=["mine"]).ok
 
 
-def test_the_command_line_takes_conventions(monkeypatch, capsys):
+def test_a_warning_of_theirs_is_no_verdict():
+    def loud(q, k, v, causal=False):
+        z = q @ np.swapaxes(k, -1, -2) * q.dtype.type(q.shape[-1] ** -0.5)
+        live = np.tri(*z.shape[-2:], z.shape[-1] - z.shape[-2], dtype=bool) if causal else True
+        z = np.where(live, z, z.dtype.type(-np.inf))
+        e = np.exp(z - np.max(z, -1, keepdims=True))  # -inf - -inf in an empty row
+        return np.nan_to_num(e / np.sum(e, -1, keepdims=True)) @ v
+
+    assert kit.check(loud).ok
+
+
+def test_the_command_line_takes_conventions(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(golden.checkout() / "tests" / "kit")
     target = "test_foreign_functions:attend"
     assert cli.main(["check", target, "--case", "square", "--dtype", "float32", "--mask",
                      "blocked", "--empty-row", "zero", "--sizes", "T=2,S=2"]) == 0  # fmt: skip
     assert "float64" not in capsys.readouterr().out
+    names = json.dumps({n: n for n in ("q", "k", "v", "scale")})
+    assert cli.main(["check", target, "--case", "square", "--names", names,
+                     "--fixed", '{"shift": 0}', "--json"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    (tmp_path / "explodes.py").write_text("1 / 0")
+    monkeypatch.chdir(tmp_path)
+    for bad in (["explodes:f"], [target, "--names", "q"], [target, "--fixed", "[1]"]):
+        assert cli.main(["check", *bad]) == 2
     assert cli.main(["check", target, "--sizes", "T"]) == 2
     assert cli.main(["check", target, "--mask", "blokked"]) == 2
     assert "did you mean 'blocked'" in capsys.readouterr().err
