@@ -157,9 +157,9 @@ def selective_temperature_forward(
     -----
     The networks that make f and g of the token are the caller's; the paper shares their weights
     with the projections. tau is at least 0, and 0 only in the limit. Values have no position part
-    and keys no temperature: a choice, the descriptions differ. The official code has the position
-    part alone, with rho = exp(-exp(alpha)) and alpha starting at 1.5 or 2, and counts the
-    row's place; a row without keys counts as 1 here. "Selective attention" is also the name of
+    and keys no temperature: a choice that the descriptions leave open. The official code has the
+    position part alone, with rho = exp(-exp(alpha)) and alpha starting at 1.5 or 2, and counts
+    the row's place; a row without keys counts as 1 here. "Selective attention" is also the name of
     another method, which masks tokens.
 
     Source
