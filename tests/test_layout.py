@@ -10,7 +10,7 @@ from attention_ref.core.spec import KINDS
 from attention_ref.kit.records import row
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHOUT_METHOD = {"engine"}  # tutorials/engine: lessons about the tools, no rows
+WITHOUT_METHOD = {"engine", "families"}  # lectures about the tools and about families: no rows
 TREES = {
     "tests/methods": (".py",),
     "tests/golden": (".npz", ".json"),
