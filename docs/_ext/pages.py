@@ -18,8 +18,8 @@ STAGED = DOCS / "_build" / "staged"
 METHODS = DOCS / "methods"
 
 ORDER = (
-    "scores", "normalizers", "heads", "patterns", "routing", "linear", "recurrent", "mixers",
-    "cross", "vision", "structured", "regularizers", "steering", "cache", "distributed",
+    "families", "scores", "normalizers", "heads", "patterns", "routing", "linear", "recurrent",
+    "mixers", "cross", "vision", "structured", "regularizers", "steering", "cache", "distributed",
     "explain", "theory", "training", "tasks", "surveys", "engine",
 )  # fmt: skip
 """The families in the order in which a reader meets the parts of attention."""
