@@ -175,9 +175,7 @@ def test_large_logits_overflow_nothing():
 def test_equal_gaussians_get_equal_gradients():
     """So with the official starts they stay the same for ever."""
     x = np.random.default_rng(0).standard_normal((4, 6))
-    _, cache = gaussian_adaptive_forward(
-        x, np.zeros((1, 3)), np.full((1, 3), 2.0), np.ones((1, 3))
-    )
+    _, cache = gaussian_adaptive_forward(x, np.zeros((1, 3)), np.full((1, 3), 2.0), np.ones((1, 3)))
     g = gaussian_adaptive_backward(x**2, cache)
     for name in ("delta", "c"):
         np.testing.assert_allclose(g[name], g[name][:, :1] * np.ones(3), rtol=1e-14)
