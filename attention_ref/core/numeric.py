@@ -24,8 +24,8 @@ def logistic(x):
 
 
 def softplus(x):
-    """log(1 + exp(x)) without overflow: max(x, 0) + log(1 + exp(-|x|))."""
-    return np.maximum(x, 0.0) + np.log(1.0 + np.exp(-absolute(x)))
+    """log(1 + exp(x)) without overflow, small values kept: max(x, 0) + log1p(exp(-|x|))."""
+    return np.maximum(x, 0.0) + np.log1p(np.exp(-absolute(x)))
 
 
 def relu(x):

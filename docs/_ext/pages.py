@@ -11,6 +11,7 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
@@ -84,26 +85,135 @@ def methods():
 def family_page(family, keys):
     import importlib
 
-    from attention_ref.core.registry import catalog, get
+    from attention_ref.core.registry import get
 
     text = about(importlib.import_module(f"attention_ref.methods.{family}"))
     page = f".. _family-{family}:\n\n" + heading(family) + text + "\n\n"
-    page += ".. toctree::\n   :maxdepth: 1\n\n"
-    page += "".join(f"   {k.split('/')[1]}\n" for k in keys)
-    page += "\n.. list-table::\n   :header-rows: 1\n\n   * - method\n     - kind\n     - verdict\n"
-    for key in keys:
-        row, found = catalog()[key], result(key)
-        name = short_name(inspect.getmodule(get(key).main), row)
-        page += f"   * - :doc:`{name} <{key.split('/')[1]}>`\n     - {row['kind']}\n"
-        page += f"     - {found['verdict'] if found else 'not measured yet'}\n"
+    page += ".. toctree::\n   :maxdepth: 1\n   :hidden:\n\n"
+    page += "".join(f"   {k.split('/')[1]}\n" for k in keys) + "\n"
+    together = result(f"families/{family}")
+    if together is not None:
+        page += f".. figure:: ../../../figures/families/{family}.svg\n"
+        page += f"   :alt: the members of {family} on the same input\n\n"
+        page += f"   The members side by side: :doc:`lecture </gallery/families/{family}>`.\n\n"
+    page += heading("Members", "-") + members(keys, (together or {}).get("members", {}))
+    edges = [(key, r) for key in keys for r in get(key).reduces_to]
+    if edges:
+        page += "\n" + heading("Identities", "-")
+        page += "An arrow says: with the arguments named, the method *is* the other one, outputs "
+        page += "and gradients. Each is data in the SPEC, and the test suite runs every one.\n\n"
+        write(METHODS / family / "identities.svg", graph(edges))
+        page += f".. image:: identities.svg\n   :alt: identity graph of {family}\n\n"
+        page += "".join(
+            f"#. :doc:`/methods/{key}` is :doc:`/methods/{r.key}`: {prose([r.says])[0]}\n"
+            for key, r in edges
+        )
     return page
+
+
+PROPERTIES = {
+    "row_stochastic": "rows sum to 1", "permutation_equivariant": "order free",
+    "positional": "positions count", "shift_invariant": "keys may be shifted",
+    "linear_in_v": "linear in values", "always_causal": "causal by nature", "causal": "causal",
+}  # fmt: skip
+"""Flags of a SPEC in words."""
+
+
+def members(keys, measured_together):
+    """The table of a family: kind, verdict, cost as its lecture measured it, properties."""
+    from attention_ref.core.registry import catalog, get
+
+    rows = []
+    for key in keys:
+        row, found, spec = catalog()[key], result(key), get(key)
+        name, cost = short_name(inspect.getmodule(spec.main), row), measured_together.get(key, {})
+        rows.append((
+            f":doc:`{name} </methods/{key}>`", row["kind"],
+            found["verdict"] if found else "not measured yet",
+            *(power(cost.get(what)) for what in ("work", "largest")),
+            ", ".join(says for flag, says in PROPERTIES.items() if flag in spec.flags) or "none",
+        ))  # fmt: skip
+    head = ("method", "kind", "claim", "work grows as", "largest array", "properties")
+    return table(head, rows)
+
+
+def power(x):
+    return f":math:`N^{{{x:.1f}}}`" if isinstance(x, (int, float)) else "not measured"
+
+
+def graph(edges):
+    """The identity graph as an SVG: who becomes whom, sinks at the right, arrows numbered.
+
+    Parameters
+    ----------
+    edges : list of (key, Reduction)
+        In the order of the list below the picture.
+    """
+    targets = {}
+    for key, r in edges:
+        if r.key != key:
+            targets.setdefault(key, set()).add(r.key)
+    names = sorted({key for key, _ in edges} | {r.key for _, r in edges})
+
+    def depth(key, seen=()):
+        onward = targets.get(key, set()) - set(seen)
+        return 1 + max(depth(other, (*seen, key)) for other in onward) if onward else 0
+
+    columns = {}
+    for name in names:
+        columns.setdefault(depth(name), []).append(name)
+    wide, high, step = 190, 24, 34
+    tallest = max(map(len, columns.values()))
+    place = {}
+    for d, column in columns.items():
+        x = (max(columns) - d) * (wide + 150) + 10
+        room = tallest * step / len(column)
+        for i, name in enumerate(column):
+            place[name] = x, 10 + (i + 0.5) * room
+    numbers = {}
+    for i, (key, r) in enumerate(edges, 1):
+        numbers.setdefault((key, r.key), []).append((i, r.says))
+    lines = []
+    for (key, other), said in numbers.items():
+        (x0, y0), (x1, y1) = place[key], place[other]
+        title = escape("; ".join(f"{i}: {says}" for i, says in said))
+        text = ", ".join(str(i) for i, _ in said)
+        if key == other:
+            lines.append(f'<text x="{x0 + wide + 6}" y="{y0 + 4}" fill="#444">{text}</text>')
+            continue
+        start, end = x0 + wide, x1 - 7
+        middle = (start + end) / 2
+        lines.append(
+            f'<path d="M{start} {y0:.1f} C{middle} {y0:.1f} {middle} {y1:.1f} {end} {y1:.1f}" '
+            f'fill="none" stroke="#0072b2" stroke-width="1.2" marker-end="url(#tip)">'
+            f"<title>{title}</title></path>"
+            f'<text x="{start + 0.22 * (end - start):.0f}" y="{y0 + 0.13 * (y1 - y0) - 4:.1f}" '
+            f'fill="#444">{text}</text>'
+        )
+    boxes = []
+    for name, (x, y) in place.items():
+        boxes.append(
+            f'<rect x="{x}" y="{y - high / 2:.1f}" width="{wide}" height="{high}" rx="6" '
+            f'fill="#f2f6fa" stroke="#0072b2"/>'
+            f'<text x="{x + wide / 2}" y="{y + 4:.1f}" text-anchor="middle">{escape(name)}</text>'
+        )
+    width, height = max(columns) * (wide + 150) + wide + 60, tallest * step + 20
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="sans-serif" font-size="11">'
+        f'<rect width="{width}" height="{height}" fill="white"/>'
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="#0072b2"/></marker></defs>'
+        + "".join(lines + boxes) + "</svg>\n"
+    )  # fmt: skip
 
 
 def method_page(key, spec, row):
     """The page of one method."""
     module = inspect.getmodule(spec.main)
-    mark = " (reconstruction)" if spec.reconstruction or row["grade"] == "D" else ""
     name = short_name(module, row)
+    unsure = spec.reconstruction or row["grade"] == "D"
+    mark = " (reconstruction)" if unsure and "reconstruction" not in name else ""
     page = f".. py:currentmodule:: {module.__name__}\n\n"
     page += f".. _method-{key.replace('/', '-')}:\n\n" + heading(name + mark)
     page += f"``{key}`` · {row['kind']} · :ref:`grade {row['grade']} <grades>`"

@@ -118,6 +118,8 @@ def test_logistic_and_softplus_at_the_ends():
     with np.errstate(over="raise", invalid="raise"):
         np.testing.assert_array_equal(core.logistic(x), [0.0, 0.0, 1.0, 1.0])
         np.testing.assert_array_equal(core.softplus(x), [0.0, 0.0, 800.0, 1e4])
+        small = core.softplus(np.array([-40.0, -100.0, -700.0]))
+    np.testing.assert_allclose(small, np.exp([-40.0, -100.0, -700.0]), rtol=4e-16)
 
 
 def test_scatter_is_assignment():
