@@ -92,7 +92,9 @@ class Report(list):
         if random:
             return [f"not deterministic: {random[0]}", *dict.fromkeys(said)]
         if not said and not self.ok:
-            said = [x.says for x in self.unsupported]
+            said = [x.says for x in self.unsupported] or [
+                x.says for x in self if x.verdict == "skipped" and x.case != "-"
+            ]
         return sorted(set(said), key=lambda s: -said.count(s))
 
     def to_json(self):
@@ -419,7 +421,8 @@ class _Asked:
 
     def properties(self, report, runnable, dtype, names):
         """Properties as lines: those measured by calls, those read off the cases."""
-        found = properties.measured(self.spec, self.foreign, runnable, self.rule, dtype)
+        inside = self._inside(dtype, dtype)
+        found = properties.measured(self.spec, self.foreign, runnable, self.rule, dtype, inside)
         for name, cases in _DERIVED.items():
             there = [x for x in report if x.case in cases and x.what != "d*"]
             if there:

@@ -21,7 +21,7 @@ def exhibits():
     tuple of str
     """
     for group, shows in ((zoo.FORWARD, "output"), (zoo.BACKWARD, "gradients"),
-                         (zoo.LSE, "log-sum-exp")):  # fmt: skip
+                         (zoo.LSE, "log-sum-exp"), (zoo.BLOCKS, "output")):  # fmt: skip
         for bug, says in group.items():
             key = "heads/multi_query" if "group" in bug else "scores/dot_product"
             yield bug, key, shows, says
@@ -37,7 +37,8 @@ def exhibits():
 def report(name, key, shows, says):
     """What ``check`` reports of one animal, in float64 and without the properties."""
     spec = get(key)
-    if name in zoo.FORWARD or name in zoo.BACKWARD or name in zoo.LSE or name in zoo.DELTA:
+    groups = (zoo.FORWARD, zoo.BACKWARD, zoo.LSE, zoo.BLOCKS, zoo.DELTA)
+    if any(name in group for group in groups):
         forward, backward = zoo.animal(name)
     else:
         forward, backward = zoo.variant(key, says), None

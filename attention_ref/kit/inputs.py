@@ -4,6 +4,8 @@
 wherever its name stands.
 """
 
+import inspect
+
 import numpy as np
 
 from attention_ref.core.errors import ParameterError
@@ -42,6 +44,7 @@ def examples(spec, conventions=None):
     chosen = {n: four_axes(spec, dict(kwargs)) for n, kwargs in checks.cases(spec).items()}
     if "attention" in spec.flags:
         chosen |= _extreme(spec, chosen)
+    chosen |= _defaults(spec, chosen)
     if spec.key in SEPARATED:
         chosen |= _separating(spec)
     for kwargs in chosen.values():
@@ -77,6 +80,23 @@ def four_axes(spec, kwargs):
         ) and got["out"].ndim == 4:  # fmt: skip
             return wider
     return kwargs
+
+
+def _defaults(spec, chosen):
+    """The first example without its options: what a function with few arguments can do."""
+    parameters = inspect.signature(spec.main).parameters
+    base = next(iter(chosen.values()))
+    bare = {n: a for n, a in base.items() if n == "rng" or (
+        n in parameters and parameters[n].default is inspect.Parameter.empty)}  # fmt: skip
+    if not is_float(next(iter(bare.values()), None)) or any(
+        set(k) == set(bare) for k in chosen.values()
+    ):
+        return {}
+    try:
+        out = tree.flatten(spec.call(bare)[0])
+    except (ValueError, TypeError):
+        return {}
+    return {"defaults": bare} if all(np.all(np.isfinite(a)) for a in out.values()) else {}
 
 
 def _extreme(spec, chosen):

@@ -16,6 +16,11 @@ from attention_ref.kit.lowp import EPS
 MOVE = 1e3
 
 
+class _Dtype(NamedTuple):
+    given: str
+    inside: str
+
+
 class Property(NamedTuple):
     """One property: its name, "ok", "WRONG", "skipped" or "not supported", and what was seen."""
 
@@ -24,7 +29,7 @@ class Property(NamedTuple):
     says: str
 
 
-def measured(spec, foreign, cases, rule, dtype):
+def measured(spec, foreign, cases, rule, dtype, inside=None):
     """Every property that is measured by calls of its own.
 
     Parameters
@@ -39,12 +44,14 @@ def measured(spec, foreign, cases, rule, dtype):
         Arguments of the reference that its conventions set.
     dtype : str
         In which the function is called.
+    inside : str, optional
+        In which it computes, where that is rougher.
 
     Returns
     -------
     list of Property
     """
-    found = []
+    found, dtype = [], _Dtype(dtype, inside or dtype)
     if "attention" in spec.flags and foreign.names.get("v"):
         for name, test in (("causality", _causality), ("causal alignment", _alignment),
                            ("mask polarity", _polarity), ("grouped heads", _groups),
@@ -69,7 +76,7 @@ SKIPPED = ("skipped", "no case for it that the function takes")
 # ------------------------------------------------------------------------------ who sees whom
 
 
-def sees(call, kwargs, dtype):
+def sees(call, kwargs, eps):
     """Which query sees which key.
 
     Parameters
@@ -78,8 +85,8 @@ def sees(call, kwargs, dtype):
         ``call(kwargs) -> output``, shape (..., T, E).
     kwargs : dict
         With values v of shape (..., S, E).
-    dtype : str
-        Precision of the outputs.
+    eps : float
+        Rounding of the outputs.
 
     Returns
     -------
@@ -91,7 +98,7 @@ def sees(call, kwargs, dtype):
         v[..., s, :] += MOVE
         with np.errstate(invalid="ignore"):
             gap = np.abs(call(kwargs | {"v": v}) - base)
-        columns.append(np.any(~(gap <= MOVE * 1e3 * EPS[dtype]), axis=-1) & ~np.all(
+        columns.append(np.any(~(gap <= MOVE * 1e3 * eps), axis=-1) & ~np.all(
             np.isnan(base), axis=-1))  # fmt: skip
     return np.stack(columns, axis=-1)
 
@@ -101,12 +108,12 @@ def _reference(spec, rule):
 
 
 def _theirs(foreign, dtype):
-    return lambda kwargs: foreign(kwargs, dtype=dtype).outs[0].astype(np.float64)
+    return lambda kwargs: foreign(kwargs, dtype=dtype.given).outs[0].astype(np.float64)
 
 
 def _both(spec, foreign, kwargs, rule, dtype):
-    want = sees(_reference(spec, rule), kwargs, dtype)
-    return sees(_theirs(foreign, dtype), kwargs, dtype), want
+    want = sees(_reference(spec, rule), kwargs, EPS[dtype.inside])
+    return sees(_theirs(foreign, dtype), kwargs, EPS[dtype.inside]), want
 
 
 def _pick(cases, fits):
@@ -221,7 +228,7 @@ def _batch(spec, foreign, cases, rule, dtype):
         return "WRONG", f"two sequences give shape {both.shape}"
     size = max(float(np.nanmax(np.abs(one))), 1e-300)
     gap = float(np.nanmax(np.abs(both[:1] - one)))
-    if np.array_equal(np.isnan(both[:1]), np.isnan(one)) and gap <= 256 * EPS[dtype] * size:
+    if np.array_equal(np.isnan(both[:1]), np.isnan(one)) and gap <= 256 * EPS[dtype.inside] * size:
         return "ok", ""
     return "WRONG", f"the first sequence changes by {gap:.2g} when a second one is added"
 
@@ -240,7 +247,7 @@ def _determinism(spec, foreign, cases, rule, dtype):
     kwargs = _base(cases)
     if kwargs is None:
         return SKIPPED
-    one, two = (foreign(kwargs, dtype=dtype).outs[0] for _ in range(2))
+    one, two = (foreign(kwargs, dtype=dtype.given).outs[0] for _ in range(2))
     if one.shape == two.shape and np.array_equal(one, two, equal_nan=one.dtype.kind == "f"):
         return "ok", "two calls are bit-equal"
     with np.errstate(invalid="ignore"):
@@ -254,11 +261,11 @@ def _same_as_plain(how):
             return SKIPPED
         if foreign.framework == "jax" or (how == "read-only" and foreign.framework != "numpy"):
             return "skipped", f"{foreign.framework} arrays have no such thing"
-        plain = foreign(kwargs, dtype=dtype).outs[0]
-        other = foreign(kwargs, dtype=dtype, how=how).outs[0]
+        plain = foreign(kwargs, dtype=dtype.given).outs[0]
+        other = foreign(kwargs, dtype=dtype.given, how=how).outs[0]
         size = max(float(np.max(np.abs(plain), initial=0.0)), 1e-300)
         fits = plain.shape == other.shape and np.allclose(
-            other, plain, rtol=0, atol=64 * EPS[dtype] * size, equal_nan=True
+            other, plain, rtol=0, atol=64 * EPS[dtype.inside] * size, equal_nan=True
         )
         return ("ok", "") if fits else ("WRONG", f"another result for {how} arrays")
 

@@ -88,6 +88,12 @@ DELTA = {
 }
 """Name -> what the report says, for mistakes in the delta rule."""
 
+BLOCKS = {
+    "online softmax that is not rescaled": "matches an online softmax over blocks of 2 whose sums "
+    "are not rescaled when the maximum grows",
+}
+"""Name -> what the report says, for :func:`blocks`."""
+
 ARGUMENTS = {
     "patterns/sliding_window": (
         "window off by one to the left: matches if it reaches one key further",
@@ -274,14 +280,7 @@ def logsumexp(q, k, v, *, bug=None, **options):
     out, lse : ndarray, shapes (..., H, T, E), (..., H, T)
     """
     H, G = (q.shape[-3], k.shape[-3]) if q.ndim > 2 and k.ndim > 2 else (1, 1)
-    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    scale, cap, bias = (options.get(n) for n in ("scale", "softcap", "bias"))
-    z = q @ np.swapaxes(_spread(k, H, G, None), -1, -2)
-    z = z * (1 / math.sqrt(D) if scale is None else scale)
-    z = z if cap is None else cap * np.tanh(z / cap)
-    live = _live(T, S, options.get("mask"), options.get("causal", False),
-                 options.get("align", "lower_right"), None)  # fmt: skip
-    z = np.where(live, z if bias is None else z + bias, -np.inf)
+    z = _scores(q, k, H, G, options)
     with np.errstate(all="ignore"):
         top = np.max(z, -1)
         top = np.where(np.isfinite(top), top, 0.0)
@@ -294,6 +293,44 @@ def logsumexp(q, k, v, *, bug=None, **options):
             "sign of the log-sum-exp": -(np.log(total) + top),
         }.get(bug, np.log(total) + top)
     return attend(q, k, v, **options)[0], lse
+
+
+def blocks(q, k, v, *, size, **options):
+    """Online softmax over blocks of keys that forgets to rescale what it has summed up.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in :func:`attend`.
+    size : int
+        Keys a block; right from the number of keys on.
+
+    Returns
+    -------
+    ndarray, shape (..., H, T, E)
+    """
+    H, G = (q.shape[-3], k.shape[-3]) if q.ndim > 2 and k.ndim > 2 else (1, 1)
+    vv, total, out = _spread(v, H, G, None), 0.0, 0.0
+    z = _scores(q, k, H, G, options)
+    for s in range(0, z.shape[-1], size):
+        part = z[..., s : s + size]
+        with np.errstate(all="ignore"):
+            top = np.max(part, -1, keepdims=True)
+            e = np.exp(part - np.where(np.isfinite(top), top, 0.0))
+        total, out = total + np.sum(e, -1, keepdims=True), out + e @ vv[..., s : s + size, :]
+    return out / np.where(total == 0, 1.0, total)
+
+
+def _scores(q, k, H, G, options):
+    """Right scores, -inf where a query may not look."""
+    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    scale, cap, bias = (options.get(n) for n in ("scale", "softcap", "bias"))
+    z = q @ np.swapaxes(_spread(k, H, G, None), -1, -2)
+    z = z * (1 / math.sqrt(D) if scale is None else scale)
+    z = z if cap is None else cap * np.tanh(z / cap)
+    live = _live(T, S, options.get("mask"), options.get("causal", False),
+                 options.get("align", "lower_right"), None)  # fmt: skip
+    return np.where(live, z if bias is None else z + bias, -np.inf)
 
 
 def delta(q, k, v, b, gate=None, state=None, *, scale=None, bug=None):
@@ -410,8 +447,8 @@ def animal(bug):
     Parameters
     ----------
     bug : str
-        A name of :data:`FORWARD`, :data:`BACKWARD`, :data:`LSE` or :data:`DELTA`; the backward of
-        the last two is None.
+        A name of :data:`FORWARD`, :data:`BACKWARD`, :data:`LSE`, :data:`BLOCKS` or :data:`DELTA`;
+        the backward of the last three is None.
 
     Returns
     -------
@@ -421,6 +458,8 @@ def animal(bug):
 
     if bug in LSE:
         return lambda q, k, v, **options: logsumexp(q, k, v, bug=bug, **options), None
+    if bug in BLOCKS:
+        return lambda q, k, v, **options: blocks(q, k, v, size=2, **options), None
     if bug in DELTA:
         return lambda *args, **options: delta(*args, bug=bug, **options), None
 

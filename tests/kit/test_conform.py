@@ -94,6 +94,11 @@ def test_a_wrong_shape_and_other_axes():
         lambda q, k, v, scale=None: np.swapaxes(right(q, k, v, scale=scale), -1, -2),
         cases=["plain"],
     )
+    assert any("tokens and channels are swapped" in says for says in report.named)
+    report = kit.check(
+        lambda q, k, v, scale=None: np.moveaxis(right(q, k, v, scale=scale), -1, 0),
+        cases=["plain"],
+    )
     assert any("axes in another order" in says for says in report.named)
 
 

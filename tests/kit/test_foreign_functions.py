@@ -101,13 +101,16 @@ def test_one_head_or_one_sequence_at_a_time():
     [
         (lambda q, k, v: None, "WRONG", "it returned NoneType, expected an array"),
         (lambda q, k, v: [][1], "WRONG", "it raised IndexError"),
-        (lambda q, k, v: attend(q, k, v)[0], "WRONG", "output has shape"),
+        (lambda q, k, v: attend(q, k, v)[0], "WRONG", "the batch axis of length 1 is gone"),
+        (lambda q, k, v: attend(q, k, v)[..., :2], "WRONG", "output has shape"),
+        (lambda q, k, v: np.swapaxes(attend(q, k, v), 1, 2), "WRONG", "heads come after the tok"),
+        (lambda q, k, v: attend(q, k, v) + 1e-9, "WRONG", "adds an epsilon"),
         (lambda q, k, v: np.nan * attend(q, k, v), "WRONG", "has NaN"),
         (lambda q, k, v: 3 * attend(q, k, v), "WRONG", "output is 3 times the right one"),
         (lambda q, k, v: attend(q, k, v)[..., ::-1, :], "WRONG", "queries in reverse order"),
         (lambda q, k, v: attend(q, k, v)[:, ::-1], "WRONG", "heads in reverse order"),
     ],
-    ids=["none", "crash", "shape", "nan", "factor", "queries", "heads"],
+    ids=["none", "crash", "batch", "shape", "axes", "epsilon", "nan", "factor", "queries", "heads"],
 )
 def test_wrong_in_its_own_way(fn, verdict, said):
     report = kit.check(fn, dtypes=("float64",), cases=["square"])
@@ -235,7 +238,7 @@ def test_a_policy_step_by_step():
 def test_who_sees_whom_is_measured():
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 1, 4, 3))
     found = properties.sees(lambda x: attend(x["q"], x["k"], x["v"], causal=True),
-                            {"q": q, "k": k, "v": v}, "float64")  # fmt: skip
+                            {"q": q, "k": k, "v": v}, 2.0**-52)  # fmt: skip
     np.testing.assert_array_equal(found[0, 0], np.tri(4, dtype=bool))
     report = kit.check(functools.partial(attend, shift=1), dtypes=("float64",))
     assert says(report, "causality").startswith("query 0 sees key 1, which is hidden")

@@ -73,7 +73,7 @@ def test_gradients_as_a_tuple_and_missing_ones():
 
 def test_a_wrong_shape_and_a_wrong_lse():
     case = kit.cases("scores/dot_product", names=["plain"], dtypes=["float64"])[0]
-    with pytest.raises(CheckFailure, match="axes in another order"):
+    with pytest.raises(CheckFailure, match="tokens and channels are swapped"):
         case.assert_matches(np.swapaxes(case.out, -1, -2))
     out, lse = zoo.logsumexp(**case.inputs, bug="log-sum-exp in base 2")
     with pytest.raises(CheckFailure, match="base 2"):
