@@ -237,18 +237,36 @@ def test_bad_arguments():
 
 CHECKED = """
 import numpy as np
-from attention_ref.kernels.numba import dense, row_projection, scan
+from attention_ref.kernels.numba import (
+    block_sparse, decode, dense, row_projection, scan, segments, window,
+)
 rng = np.random.default_rng(0)
 q, k, v = (rng.standard_normal((1, 2, n, d)) for n, d in ((5, 7), (131, 7), (131, 3)))
 out, cache = dense.forward(q, k, v, causal=True, softcap=2.0, mask=np.ones((5, 131), bool),
                            bias=np.zeros((5, 131)))
 dense.backward(out, cache)
+decode.forward(q, k, v, causal=True, softcap=2.0, mask=np.ones((5, 131), bool),
+               bias=np.zeros((5, 131)))
+decode.forward(q, np.where(k > 2, np.nan, k), v)
+out, cache = window.forward(k, k, v, left=20, right=3, dilation=2)
+window.backward(out, cache)
+out, cache = segments.forward(q, k, v, [2, 3], [100, 31], causal=True)
+segments.backward(out, cache)
+table = np.array([[True, False, True], [False, True, False], [True, True, True]])
+out, cache = block_sparse.forward(k, k, v, table, 50)
+block_sparse.backward(out, cache)
 k, v = k[..., :20, :], v[..., :20, :]
 b, gate = np.full((1, 2, 20), 0.5), np.full((1, 2, 20, 7), 0.9)
 out, state, cache = scan.delta_forward(k, k, v, b, gate)
 scan.delta_backward(out, state, cache)
 p = row_projection.sparsemax_rows(k, k > -1)
 row_projection.sparsemax_rows_backward(k, p)
+p = row_projection.entmax_rows(k, 1.3, k > -1)
+row_projection.entmax_rows_backward(k, p, 1.3)
+k, v = np.repeat(k, 10, axis=-1), np.repeat(v, 25, axis=-1)
+b, gate = b[..., :20], np.full((1, 2, 20), 0.9)
+out, state, cache = scan.decay_forward(k, k, v, gate)
+scan.decay_backward(out, state, cache)
 print("within bounds")
 """
 
