@@ -140,7 +140,15 @@ def signature_of(fn):
     try:
         return inspect.signature(fn).parameters
     except (TypeError, ValueError):
-        return None
+        arguments = getattr(getattr(fn, "schema", None), "arguments", None)  # TorchScript
+        if arguments is None:
+            return None
+        made = [
+            inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                              default=a.default_value if a.has_default_value()
+                              else inspect.Parameter.empty) for a in arguments
+        ]  # fmt: skip
+        return {p.name: p for p in made}
 
 
 def names_of(fn, names, ours):

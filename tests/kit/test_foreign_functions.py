@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import attention_ref
 from attention_ref import cli, kit
 from attention_ref.core.errors import ParameterError
 from attention_ref.kit import golden, properties
-from attention_ref.kit.adapters import framework_of
+from attention_ref.kit.adapters import framework_of, signature_of
 
 
 def softmax(z):
@@ -105,12 +106,14 @@ def test_one_head_or_one_sequence_at_a_time():
         (lambda q, k, v: attend(q, k, v)[..., :2], "WRONG", "output has shape"),
         (lambda q, k, v: np.swapaxes(attend(q, k, v), 1, 2), "WRONG", "heads come after the tok"),
         (lambda q, k, v: attend(q, k, v) + 1e-9, "WRONG", "adds an epsilon"),
+        (lambda q, k, v: attend(q, k, v) * (1 + 1e-6 * q), "WRONG", "adds an epsilon"),
         (lambda q, k, v: np.nan * attend(q, k, v), "WRONG", "has NaN"),
         (lambda q, k, v: 3 * attend(q, k, v), "WRONG", "output is 3 times the right one"),
         (lambda q, k, v: attend(q, k, v)[..., ::-1, :], "WRONG", "queries in reverse order"),
         (lambda q, k, v: attend(q, k, v)[:, ::-1], "WRONG", "heads in reverse order"),
     ],
-    ids=["none", "crash", "batch", "shape", "axes", "epsilon", "nan", "factor", "queries", "heads"],
+    ids=["none", "crash", "batch", "shape", "axes", "epsilon", "noise", "nan", "factor", "queries",
+         "heads"],
 )
 def test_wrong_in_its_own_way(fn, verdict, said):
     report = kit.check(fn, dtypes=("float64",), cases=["square"])
@@ -350,6 +353,10 @@ def test_the_framework_is_guessed():
     report = kit.check(by_method, cases=["square", "odd"])
     assert report.ok and report.about["framework"] == "torch"
     assert any(x.what == "dq" for x in report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls TorchScript deprecated
+        traced = torch.jit.trace(by_global, (torch.ones(1, 1, 2, 2),) * 3, check_trace=False)
+    assert list(signature_of(traced)) == ["q", "k", "v"] and framework_of(traced) == "torch"
 
 
 @pytest.mark.oracle
