@@ -436,6 +436,7 @@ def tables():
     write(METHODS / "frameworks.inc", frameworks())
     write(METHODS / "course.inc", course())
     write(METHODS / "benchmarks.inc", benchmarks())
+    write(METHODS / "patterns.inc", patterns())
 
 
 def exhibits():
@@ -483,6 +484,29 @@ def course():
         key=lambda p: (ORDER.index(p.parent.name), p.stem != "dot_product", p.stem),
     )
     return "".join(f"#. :doc:`/gallery/{p.parent.name}/{p.stem}`\n" for p in units) or "None yet.\n"
+
+
+def patterns():
+    """The compiled patterns: what each does, by its first line, and the methods that call it."""
+    from attention_ref.core.registry import written
+
+    folder, rows = ROOT / "attention_ref" / "kernels", []
+    users = {}
+    for key in written():
+        text = (ROOT / "attention_ref" / "methods" / f"{key}.py").read_text(encoding="utf-8")
+        for names in re.findall(r"from attention_ref\.kernels\.\w+ import ([\w, ]+)", text):
+            for name in names.split(", "):
+                users.setdefault(name, set()).add(key)
+    for path in sorted((folder / "numba").glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        public = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+        if path.stem in ("tiles", "threads", "elementary") or not public:
+            continue
+        says = prose([ast.get_docstring(tree).split("\n\n")[0].replace("\n", " ")])[0]
+        cuda = "yes" if (folder / "cuda" / f"{path.stem}.py").is_file() else "no"
+        keys = ", ".join(f":doc:`/methods/{k}`" for k in sorted(users.get(path.stem, ())))
+        rows.append((f"``{path.stem}``", says, cuda, keys or "called directly"))
+    return table(("pattern", "what it does", "CUDA text", "methods"), rows)
 
 
 def benchmarks():
