@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from attention_ref.core.errors import BackendUnavailable, DTypeError, ShapeError
-from attention_ref.kernels import cuda, softmax
-from attention_ref.kernels.cuda import dense
+from attention_ref.core.errors import BackendUnavailable, DTypeError, ParameterError, ShapeError
+from attention_ref.kernels import cuda, plan, softmax
+from attention_ref.kernels.cuda import dense, window
 from tests.kernels import formulas
 
 SHIM = Path(__file__).parent / "shim"
@@ -80,12 +80,16 @@ def draw(batch, heads, groups, queries, keys, width, depth, mask=False, bias=Non
     return x, options
 
 
-def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, softcap=None):
+def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, softcap=None,
+            seen=None, truth_mask=None):  # fmt: skip
     """Forward and backward against the full matrix in float64: the largest distance, in eps."""
     arguments = (options["mask"], causal, align, scale, softcap, options["bias"], "zero")
     dlse = np.random.default_rng(1).standard_normal(x["dout"].shape[:-1]).astype(np.float32)
-    out, cache = softmax.forward(kernel, x["q"], x["k"], x["v"], *arguments)
+    out, cache = softmax.forward(kernel, x["q"], x["k"], x["v"], *arguments, seen)
     gradients = softmax.backward(kernel, x["dout"], cache, dlse)
+    if seen is not None:
+        both = truth_mask if options["mask"] is None else truth_mask & options["mask"]
+        options, causal = options | {"mask": both}, False
     true_out, true_lse, true = formulas.dense(
         **x, **options, causal=causal, align=align, scale=scale, softcap=softcap, dlse=dlse
     )
@@ -118,6 +122,85 @@ def test_values_and_gradients_on_the_cpu(case, lengths, on_cpu):
 def test_the_block_size_that_is_shipped(on_cpu):
     x, options = draw(1, 2, 1, 70, 67, 33, 13, True)
     assert compare(on_cpu(dense.SIDE), x, options, causal=True) < BOUND
+
+
+def near(queries, keys, left=None, right=None, causal=False, align="lower_right"):
+    """The mask of a window, one pair at a time."""
+    mask = np.zeros((queries, keys), bool)
+    for t in range(queries):
+        place = t + (keys - queries if align == "lower_right" else 0)
+        for s in range(keys):
+            mask[t, s] = (
+                (left is None or s >= place - left) and (right is None or s <= place + right)
+                and (s <= place or not causal)
+            )  # fmt: skip
+    return mask
+
+
+WINDOWS = {
+    "both": {"left": 8, "right": 5},
+    "causal": {"left": 19, "causal": True},
+    "upper": {"left": 3, "right": 0, "align": "upper_left"},
+    "one-sided": {"right": 5},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("lengths", [(37, 70), (70, 37)], ids=str)
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_on_the_cpu(case, lengths, on_cpu):
+    """70 queries over 37 keys: the first ones stand before all keys and see none."""
+    given, inner = WINDOWS[case], case == "both"
+    x, options = draw(2, 4, 2, *lengths, 5, 9, inner, (4, *lengths) if inner else None)
+    order = ("left", "right", "dilation", "causal", "align")
+    defaults = {"left": None, "right": None, "dilation": 1, "causal": False, "align": "lower_right"}
+    seen = window.intervals(*lengths, *((defaults | given)[n] for n in order))
+    distance = compare(on_cpu(4), x, options, seen=seen, truth_mask=near(*lengths, **given),
+                       softcap=1.3 if inner else None)  # fmt: skip
+    assert distance < BOUND
+
+
+@needs_compiler
+def test_packed_sequences_with_intervals_for_every_n(on_cpu):
+    pairs = [((5, 1, 31), (9, 30, 2)), ((0, 30, 7), (7, 0, 34))]
+    seen = [plan.packed(*pair, causal=True) for pair in pairs]
+    seen = plan.Seen(*(np.concatenate([getattr(s, n) for s in seen]) for n in ("low", "high")),
+                     None, 0)  # fmt: skip
+    mask = np.zeros((2, 1, 37, 41), bool)
+    for n, pair in enumerate(pairs):
+        t = s = 0
+        for a, b in zip(*pair, strict=True):
+            mask[n, 0, t : t + a, s : s + b] = near(a, b, causal=True)
+            t, s = t + a, s + b
+    x, options = draw(2, 4, 2, 37, 41, 5, 9)
+    assert compare(on_cpu(4), x, options, seen=seen, truth_mask=mask) < BOUND
+
+
+@needs_compiler
+def test_tiles_outside_of_a_window_are_not_read(on_cpu):
+    """A key that no query sees may hold anything, and the work is that of the runs."""
+    x, options = draw(1, 2, 1, 70, 70, 5, 9)
+    seen = plan.interval(70, 70, causal=True, left=3)
+    kernel, asked = on_cpu(4), []
+    run = kernel.run
+    kernel.run = lambda name, blocks, arguments, *widths: (
+        asked.append([x for x in arguments if getattr(x, "dtype", None) == np.int32 and x.ndim]),
+        run(name, blocks, arguments, *widths),
+    )
+    assert compare(kernel, x, options, seen=seen, truth_mask=near(70, 70, 3, 0)) < BOUND
+    for _low, _high, first, last in asked:
+        assert (last - first).max() <= 16 + 3  # of 70
+
+
+def test_refuses_patterns_it_cannot_follow(on_cpu):
+    rest = (None, False, "lower_right", None, None, None, "zero")
+    seen = plan.restrict(plan.interval(2, 2), np.ones((1, 1), bool), 2, 2, 2)
+    with pytest.raises(BackendUnavailable, match="tables of blocks"):
+        softmax.forward(on_cpu(4), *np.zeros((3, 1, 2, 2), np.float32), *rest, seen)
+    with pytest.raises(BackendUnavailable, match="dilation = 3"):
+        window.intervals(4, 4, 1, 1, 3, False, "lower_right")
+    with pytest.raises(ParameterError, match="left"):
+        window.intervals(4, 4, -1, 1, 1, False, "lower_right")
 
 
 @needs_compiler

@@ -15,6 +15,11 @@
 //   3. result:  tile times chunks of DEPTH rows of v (or k, q, dout), sums in registers.
 // Tiles that causality leaves empty are skipped.
 //
+// A pattern (window, packed sequences) is an interval of keys a query, low[t] <= s < high[t], and
+// for every block the one run of columns that any of its rows needs, first <= column < last, made
+// on the host (kernels/plan.py). Tiles start at first: the work of a window is T (TILE + window).
+// A null pointer stands for everything. Neither end decreases with t, so one run a block is exact.
+//
 // Traffic a block: its own rows once a tile (they come from the second-level cache), the columns'
 // rows once: (D + E) S numbers read, TILE (D + E) written, so (D + E) S T / TILE a head.
 // The backward makes z again from q, k, lse: seven products instead of five, but every block owns
@@ -56,6 +61,7 @@ struct Shared {
 struct Scores {
     const unsigned char* mask;
     const float* bias;
+    const int *low, *high;  // of every query; null: all keys
     float cap;
     int causal, shift, queries, keys;
     long long mask_t, mask_s, bias_t, bias_s;
@@ -113,10 +119,11 @@ __device__ inline void multiply_tile(Shared& m, float acc[4][COLUMNS], const flo
     }
 }
 
-// Softcap, bias, mask, causality; slope = derivative of the softcap. -inf where nothing may be seen.
+// Softcap, bias, mask, interval, causality; slope = derivative of the softcap. -inf where unseen.
 __device__ inline float score(const Scores& f, float z, int t, int s, float* slope) {
     *slope = 1.0f;
     bool live = t < f.queries && s < f.keys && (!f.causal || s <= t + f.shift);
+    if (live && f.low) live = f.low[t] <= s && s < f.high[t];
     if (!live || (f.mask && !f.mask[t * f.mask_t + s * f.mask_s])) return -infinity();
     if (f.cap > 0.0f) {
         float y = tanhf(z / f.cap);
@@ -130,11 +137,13 @@ __device__ inline float score(const Scores& f, float z, int t, int s, float* slo
     return z;
 }
 
-__device__ inline Scores scores_of(const unsigned char* mask, const float* bias, float cap,
-                                   int causal, int shift, int queries, int keys, long long mask_t,
-                                   long long mask_s, long long bias_t, long long bias_s) {
+__device__ inline Scores scores_of(const unsigned char* mask, const float* bias, const int* low,
+                                   const int* high, float cap, int causal, int shift, int queries,
+                                   int keys, long long mask_t, long long mask_s, long long bias_t,
+                                   long long bias_s) {
     Scores f;
-    f.mask = mask, f.bias = bias, f.cap = cap, f.causal = causal, f.shift = shift;
+    f.mask = mask, f.bias = bias, f.low = low, f.high = high;
+    f.cap = cap, f.causal = causal, f.shift = shift;
     f.queries = queries, f.keys = keys;
     f.mask_t = mask_t, f.mask_s = mask_s, f.bias_t = bias_t, f.bias_s = bias_s;
     return f;
@@ -145,8 +154,9 @@ __device__ inline int larger(int a, int b) { return a > b ? a : b; }
 
 extern "C" __global__ void dense_forward(
     const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    float* out, float* lse, int heads, int groups, int queries, int keys, float scale, float cap,
-    int causal, int shift, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
+    const int* low, const int* high, const int* first, const int* last, float* out, float* lse,
+    int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
+    int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
     long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
     __shared__ Shared m;
     int tiles = (queries + TILE - 1) / TILE, head = blockIdx.x / tiles;
@@ -156,16 +166,19 @@ extern "C" __global__ void dense_forward(
     long long row0 = (long long)head * queries + t0;
     if (mask) mask += n * mask_n + h * mask_h;
     if (bias) bias += n * bias_n + h * bias_h;
-    Scores f = scores_of(mask, bias, cap, causal, shift, queries, keys, mask_t, mask_s, bias_t,
-                         bias_s);
-    int rows = smaller(TILE, queries - t0);
-    int end = causal ? smaller(keys, larger(0, t0 + rows + shift)) : keys;
+    int pattern = patterns > 1 ? n : 0;
+    if (low) low += (long long)pattern * queries, high += (long long)pattern * queries;
+    Scores f = scores_of(mask, bias, low, high, cap, causal, shift, queries, keys, mask_t, mask_s,
+                         bias_t, bias_s);
+    int rows = smaller(TILE, queries - t0), block = pattern * tiles + t0 / TILE;
+    int begin = first ? first[block] : 0, end = first ? last[block] : keys;
+    if (causal) end = smaller(end, larger(0, t0 + rows + shift));
 
     float acc[4][COLUMNS_E] = {};
     // this thread also looks after one row of the softmax, together with ROW_THREADS - 1 others
     int row = thread / ROW_THREADS, part = thread % ROW_THREADS;
     float top = -infinity(), total = 0.0f;
-    for (int s0 = 0; s0 < end; s0 += TILE) {
+    for (int s0 = begin; s0 < end; s0 += TILE) {
         int columns = smaller(TILE, end - s0);
         float z[4][4] = {};
         multiply_rows(m, z, q + row0 * HEAD_D, rows, k + (key_head * keys + s0) * HEAD_D, columns,
@@ -219,10 +232,11 @@ extern "C" __global__ void dense_forward(
 
 extern "C" __global__ void dense_backward_queries(
     const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    const float* dout, const float* lse, const float* delta, float* dq, float* dbias, int heads,
-    int groups, int queries, int keys, float scale, float cap, int causal, int shift,
-    long long mask_n, long long mask_h, long long mask_t, long long mask_s, long long bias_n,
-    long long bias_h, long long bias_t, long long bias_s) {
+    const int* low, const int* high, const int* first, const int* last, const float* dout,
+    const float* lse, const float* delta, float* dq, float* dbias,
+    int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
+    int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
+    long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
     __shared__ Shared m;
     int tiles = (queries + TILE - 1) / TILE, head = blockIdx.x / tiles;
     int n = head / heads, h = head % heads, t0 = (blockIdx.x % tiles) * TILE;
@@ -231,13 +245,16 @@ extern "C" __global__ void dense_backward_queries(
     long long row0 = (long long)head * queries + t0;
     if (mask) mask += n * mask_n + h * mask_h;
     if (bias) bias += n * bias_n + h * bias_h;
-    Scores f = scores_of(mask, bias, cap, causal, shift, queries, keys, mask_t, mask_s, bias_t,
-                         bias_s);
-    int rows = smaller(TILE, queries - t0);
-    int end = causal ? smaller(keys, larger(0, t0 + rows + shift)) : keys;
+    int pattern = patterns > 1 ? n : 0;
+    if (low) low += (long long)pattern * queries, high += (long long)pattern * queries;
+    Scores f = scores_of(mask, bias, low, high, cap, causal, shift, queries, keys, mask_t, mask_s,
+                         bias_t, bias_s);
+    int rows = smaller(TILE, queries - t0), block = pattern * tiles + t0 / TILE;
+    int begin = first ? first[block] : 0, end = first ? last[block] : keys;
+    if (causal) end = smaller(end, larger(0, t0 + rows + shift));
 
     float acc[4][COLUMNS_D] = {};
-    for (int s0 = 0; s0 < end; s0 += TILE) {
+    for (int s0 = begin; s0 < end; s0 += TILE) {
         int columns = smaller(TILE, end - s0);
         long long column0 = key_head * keys + s0;
         float z[4][4] = {}, dp[4][4] = {};
@@ -268,24 +285,29 @@ extern "C" __global__ void dense_backward_queries(
 
 extern "C" __global__ void dense_backward_keys(
     const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    const float* dout, const float* lse, const float* delta, float* dk, float* dv, int heads,
-    int groups, int queries, int keys, float scale, float cap, int causal, int shift,
-    long long mask_n, long long mask_h, long long mask_t, long long mask_s, long long bias_n,
-    long long bias_h, long long bias_t, long long bias_s) {
+    const int* low, const int* high, const int* first, const int* last, const float* dout,
+    const float* lse, const float* delta, float* dk, float* dv,
+    int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
+    int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
+    long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
     __shared__ Shared m;
     int tiles = (keys + TILE - 1) / TILE, group = blockIdx.x / tiles;
     int n = group / groups, g = group % groups, s0 = (blockIdx.x % tiles) * TILE;
     int thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE, share = heads / groups;
     long long column0 = (long long)group * keys + s0;
     int rows = smaller(TILE, keys - s0);  // here the rows of the tile are keys
+    int pattern = patterns > 1 ? n : 0, block = pattern * tiles + s0 / TILE;
+    if (low) low += (long long)pattern * queries, high += (long long)pattern * queries;
+    int begin = first ? first[block] : 0, end = first ? last[block] : queries;
+    if (causal) begin = larger(begin, s0 - shift);
 
     float acc_k[4][COLUMNS_D] = {}, acc_v[4][COLUMNS_E] = {};
     for (int h = g * share; h < (g + 1) * share; h++) {
         Scores f = scores_of(mask ? mask + n * mask_n + h * mask_h : mask,
-                             bias ? bias + n * bias_n + h * bias_h : bias, cap, causal, shift,
-                             queries, keys, mask_t, mask_s, bias_t, bias_s);
-        for (int t0 = causal ? larger(0, s0 - shift) : 0; t0 < queries; t0 += TILE) {
-            int columns = smaller(TILE, queries - t0);
+                             bias ? bias + n * bias_n + h * bias_h : bias, low, high, cap, causal,
+                             shift, queries, keys, mask_t, mask_s, bias_t, bias_s);
+        for (int t0 = begin; t0 < end; t0 += TILE) {
+            int columns = smaller(TILE, end - t0);
             long long row0 = ((long long)n * heads + h) * queries + t0;
             float z[4][4] = {}, dz[4][4] = {};
             multiply_rows(m, z, k + column0 * HEAD_D, rows, q + row0 * HEAD_D, columns, HEAD_D,

@@ -1,15 +1,16 @@
 """Dense softmax attention on the GPU: what ``dense.cu`` needs before and after its launches.
 
 Takes CuPy arrays (float32), the arguments and results of ``kernels.numba.dense``. The module is
-compiled once for every pair of widths D, E, which are constants of the CUDA text.
+compiled once for every pair of widths D, E, which are constants of the CUDA text. Intervals of
+``kernels.plan`` are followed; tables of blocks run on the CPU only.
 """
 
 import functools
 
 import numpy as np
 
-from attention_ref.core.errors import DTypeError, ShapeError
-from attention_ref.kernels import cuda, softmax
+from attention_ref.core.errors import BackendUnavailable, DTypeError, ShapeError
+from attention_ref.kernels import cuda, plan, softmax
 
 SIDE = 16  # threads along one side of a block
 TILE = 4 * SIDE  # rows of one block
@@ -40,22 +41,46 @@ class _Kernel:
     def forward(self, c, k, out, lse):
         batch, heads, queries, _, width, depth = softmax.lengths(c)
         _check_width(width, depth)
+        by_query, _ = _runs(c, self.tile)
         self.run("dense_forward", batch * heads * -(-queries // self.tile),
-                 (c.q, k, c.v, *_optional(c), out, lse, *_common(c)), width, depth)  # fmt: skip
+                 (c.q, k, c.v, *_optional(c), *by_query, out, lse, *_common(c)),
+                 width, depth)  # fmt: skip
 
     def backward(self, c, dout, lse, delta, dq, dk, dv, dbias):
         batch, heads, queries, keys, width, depth = softmax.lengths(c)
-        inputs = (c.q, c.k, c.v, *_optional(c), dout, lse, delta)
+        inputs, more = (c.q, c.k, c.v, *_optional(c)), (dout, lse, delta)
+        by_query, by_key = _runs(c, self.tile)
         self.run("dense_backward_queries", batch * heads * -(-queries // self.tile),
-                 (*inputs, dq, dbias if c.biased else np.intp(0), *_common(c)),
+                 (*inputs, *by_query, *more, dq, dbias if c.biased else np.intp(0), *_common(c)),
                  width, depth)  # fmt: skip
         self.run("dense_backward_keys", batch * c.k.shape[1] * -(-keys // self.tile),
-                 (*inputs, dk, dv, *_common(c)), width, depth)  # fmt: skip
+                 (*inputs, *by_key, *more, dk, dv, *_common(c)), width, depth)  # fmt: skip
 
 
 def _optional(c):
     """Mask and bias; a null pointer where there is none."""
     return c.mask if c.masked else np.intp(0), c.bias if c.biased else np.intp(0)
+
+
+def _runs(c, tile):
+    """For blocks of queries and for blocks of keys: low, high, first, last; null without a pattern.
+
+    Four small arrays of int32, made on the host for every call and copied to the arrays of c.
+    """
+    if c.seen is None:
+        return ((np.intp(0),) * 4,) * 2
+    if c.seen.blocks is not None:
+        raise BackendUnavailable(
+            "backend 'cuda' cannot run: its kernels follow intervals, no tables of blocks; "
+            "hint: backend='numba'"
+        )
+    _, _, queries, keys, _, _ = softmax.lengths(c)
+    by_query, by_key = plan.sides(c.seen, queries, keys, tile)
+    ends = (c.seen.low, c.seen.high)
+    return tuple(
+        tuple(np.asarray(x.astype(np.int32), like=c.q) for x in (*ends, side.first, side.last))
+        for side in (by_query, by_key)
+    )
 
 
 def _common(c):
@@ -64,7 +89,10 @@ def _common(c):
     steps = softmax.strides(c.mask, c.masked)[:4] + softmax.strides(c.bias, c.biased)[:4]
     sizes = (np.int32(n) for n in (heads, c.k.shape[1], queries, keys))
     numbers = (np.float32(c.scale), np.float32(c.softcap or 0))
-    return (*sizes, *numbers, np.int32(c.causal), np.int32(c.shift), *map(np.int64, steps))
+    patterns = 1 if c.seen is None else c.seen.low.shape[0]
+    causal = c.causal and c.seen is None  # a pattern holds causality already
+    numbers = (*numbers, np.int32(causal), np.int32(c.shift), np.int32(patterns))
+    return (*sizes, *numbers, *map(np.int64, steps))
 
 
 def _check_width(width, depth):
@@ -72,7 +100,7 @@ def _check_width(width, depth):
         raise ShapeError(f"D = {width}, E = {depth}, expected at most {WIDEST} on the GPU")
 
 
-def _check_arrays(cupy, **arrays):
+def check_arrays(cupy, **arrays):
     for name, x in arrays.items():
         if x is not None and not isinstance(x, cupy.ndarray):
             raise DTypeError(
@@ -81,14 +109,14 @@ def _check_arrays(cupy, **arrays):
 
 
 def forward(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None, softcap=None,
-            bias=None, empty_row="zero"):  # fmt: skip
+            bias=None, empty_row="zero", seen=None):  # fmt: skip
     """Softmax attention on the GPU; arguments and results as in ``kernels.softmax.forward``."""
-    _check_arrays(cuda.require(), q=q, k=k, v=v, mask=mask, bias=bias)
-    kernel = _Kernel()
-    return softmax.forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row)
+    check_arrays(cuda.require(), q=q, k=k, v=v, mask=mask, bias=bias)
+    return softmax.forward(_Kernel(), q, k, v, mask, causal, align, scale, softcap, bias,
+                           empty_row, seen)  # fmt: skip
 
 
 def backward(dout, cache, dlse=None):
     """Gradients of :func:`forward`; as in ``kernels.softmax.backward``."""
-    _check_arrays(cuda.require(), dout=dout, dlse=dlse)
+    check_arrays(cuda.require(), dout=dout, dlse=dlse)
     return softmax.backward(_Kernel(), dout, cache, dlse)
