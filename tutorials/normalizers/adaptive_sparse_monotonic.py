@@ -113,14 +113,16 @@ tutorial.check("readers against (2m)", error, 5 * math.sqrt(0.25 / 20000))
 # **(3')** As always: :math:`dp = do\, v^\top`, :math:`dv = p^\top do`.
 #
 # **(2s')** Let :math:`b = 1 + \eta u` with :math:`u = z - \theta`, on the support. Then
-# :math:`\partial p / \partial u = p / b = w`. The sum of all :math:`p` must stay 1, so
-# :math:`d\theta = -\langle w, dp \rangle / \sum w`, and
+# :math:`\partial p / \partial u = p / b = w`. The sum of all :math:`p` must stay 1, so theta
+# follows with :math:`\partial \theta / \partial z_s = w_s / \sum w`, and :math:`dp` counts from its
+# mean :math:`m` under these shares:
 #
 # .. math::
 #
-#    dz = w\, (dp + d\theta), \qquad
-#    d\eta = \sum_s p_s\, \frac{x_s / (1 + x_s) - \ln(1 + x_s)}{\eta^2}\, (dp_s + d\theta), \quad
-#    x = \eta u, \qquad da = \eta\, (1 - \eta)\, d\eta .
+#    m = \frac{\langle w, dp \rangle}{\sum w}, \quad
+#    dz = w\, (dp - m), \quad
+#    d\eta = \sum_s p_s\, \frac{x_s / (1 + x_s) - \ln(1 + x_s)}{\eta^2}\, (dp_s - m), \quad
+#    x = \eta u, \quad da = \eta\, (1 - \eta)\, d\eta .
 #
 # (The fraction is :math:`\partial \ln p / \partial \eta` at fixed theta.)
 #

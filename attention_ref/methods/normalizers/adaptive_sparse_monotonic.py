@@ -342,7 +342,7 @@ def adaptive_sparse_monotonic_backward(dout, cache):
     Returns
     -------
     dict
-        Under "q", "k", "v" and, when given as arrays, "a" or "r", and "bias".
+        Under "q", "k", "v" and the one of "a" and "r" that was given.
     """
     q, k, v, p, steps, poison, scale, name, shape = cache
     lead = np.broadcast_shapes(p.shape[:-2], v.shape[:-2])

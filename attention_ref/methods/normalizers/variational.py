@@ -13,8 +13,9 @@ value of key s gives to class j, and W the decoder's matrix:
         \quad\text{or}\quad \log \text{softmax}_j (\textstyle\sum_s p_{ts} v_s W)          &(3)
 
 "exact" is the log of the marginal probability, "hard" the mean of the log, never larger (Jensen),
-"soft" what ordinary attention does: the likelihood of a mean value, which bounds nothing. A second
-distribution :math:`\rho` that may see y gives a bound between the two, tight at the posterior:
+"soft" what ordinary attention does: the likelihood of a mean value, on either side of "exact", but
+never below "hard", as log softmax is concave and W linear. A second distribution :math:`\rho` that
+may see y gives a lower bound on "exact", "hard" at :math:`\rho = p` and tight at the posterior:
 
 .. math:: B_t = \textstyle\sum_s \rho_{ts} \ell_{ts} - \beta\,
     \textstyle\sum_s \rho_{ts} \log (\rho_{ts} / p_{ts}), \qquad
@@ -130,7 +131,7 @@ def variational_forward(
     Returns
     -------
     out : ndarray, shape (..., T, M), nats
-        Log-likelihoods, under "hard" a lower bound on those of "exact".
+        Log-likelihoods, under "hard" a lower bound on those of "exact" and "soft".
     cache : Cache
         For the backward; holds ``p`` and, under "exact", ``posterior``.
 
@@ -151,7 +152,8 @@ def variational_forward(
     matrix and the value alone decides, so that all of S x M likelihoods are one product. The
     paper's relaxed attention is a Dirichlet; the Gumbel-softmax of :func:`relaxed` is the
     other usual reparametrisation, and the importance-weighted estimator of the code ("wsram") is
-    left out. As in the code, the divergence in the bound is always enumerated.
+    left out. With their decoder "hard" is no bound on "soft". As in the code, the divergence in the
+    bound is always enumerated.
 
     Source
     ------

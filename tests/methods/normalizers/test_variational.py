@@ -125,11 +125,13 @@ def test_classes_add_up_to_one():
         np.testing.assert_allclose(np.sum(np.exp(out), axis=-1), 1.0, rtol=1e-14)
 
 
-def test_hard_is_below_exact_and_soft_is_on_neither_side():
+def test_hard_is_below_both_and_soft_on_either_side_of_exact():
+    """Log softmax is concave, and the decoder linear in the value."""
     sides = set()
     for kwargs in cases(SPEC).values():
         outs = {o: variational_forward(**(kwargs | {"objective": o}))[0] for o in OBJECTIVES}
         assert np.all(outs["hard"] <= outs["exact"] + 1e-14)
+        assert np.all(outs["hard"] <= outs["soft"] + 1e-14)
         sides |= set(np.sign(outs["soft"] - outs["exact"]).ravel())
     assert {-1.0, 1.0} <= sides
 
