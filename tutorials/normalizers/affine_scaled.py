@@ -283,8 +283,9 @@ tutorial.measured(ours=records, verdict=verdict, tolerance=0.3)
 # Without a waste bin plain softmax cannot say nothing. Affine-scaled attention closes
 # :math:`\alpha` for idle queries; what remains is the constant :math:`\bar\alpha / n` on every key
 # seen, and the error that is left is the noise this lets in. The row sums are those of the formula
-# above, smaller the fewer keys are seen. A sink does better on this task: it lets a row go to
-# zero, and affine-scaled rows do not get there unless :math:`\bar\alpha` does.
+# above: the fewer keys are seen, the smaller for idle queries (:math:`\alpha` below the mean), the
+# larger for asking ones. A sink does better on this task: it lets a row go to zero, and
+# affine-scaled rows do not get there unless :math:`\bar\alpha` does.
 #
 # With a waste bin all three use it, and :math:`\alpha` hardly differs between idle and asking
 # queries: an output of zero costs nothing there, a constant on all keys costs noise, so the scale
