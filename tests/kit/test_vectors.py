@@ -5,7 +5,7 @@ import pytest
 
 from attention_ref import kit
 from attention_ref.core.errors import ParameterError
-from attention_ref.core.registry import written
+from attention_ref.core.registry import catalog, written
 from attention_ref.kit import golden, lowp, tree, zoo
 from attention_ref.kit.compare import CheckFailure
 
@@ -109,7 +109,13 @@ def test_kept_indices_step_by_step():
     case.assert_matches(case.out[:, ::-1])  # the same tokens
 
 
-@pytest.mark.parametrize("key", [k for k in written() if golden.paths(k)[0].is_file()])
+def of_other_kinds():
+    """Rows that are no mechanisms; those go through ``check`` in test_conform."""
+    return [k for k in written()
+            if catalog()[k]["kind"] != "mechanism" and golden.paths(k)[0].is_file()]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*of_other_kinds(), "scores/alibi"])
 def test_every_row_has_cases(key):
     """The row's own result is within its tolerance, whatever the kind."""
     for case in kit.cases(key, dtypes=("float32",)):
