@@ -260,11 +260,14 @@ for name, row in zip(("fixed scale", "paper's", "ratio of logs"), errors, strict
     print(f"  {name:14}", "  ".join(f"{x:.3f}" for x in row))
 
 # %%
-# So the edit is right where a layer *should* look at a fixed proportion of the picture, as a layer
-# that gathers the context of a region in an image does: twice the resolution, the same region,
-# four times the tokens. It is wrong where a layer looks for one thing. Which layers of a model are
-# of which kind is an empirical question; the paper's answer for self-attention in Stable Diffusion
-# is a picture that looks better.
+# Read :math:`e^H` as the number of tokens that a row looks at. At the fixed scale it is a fixed
+# proportion of N: twice the resolution, the same region of the picture, four times the tokens. With
+# the paper's scale it is :math:`N^{1 - 1/(2 \ln N_0)}`, here :math:`N^{0.91}`: the share H / ln N
+# is kept, the region shrinks slowly. So the edit is right where a layer *should* look at a somewhat
+# smaller part of a larger picture. It is wrong where a layer looks for one thing, and where it
+# gathers the context of the same region. Which layers of a model are of which kind is an empirical
+# question; the paper's answer for self-attention in Stable Diffusion is a picture that looks
+# better.
 #
 # The figure
 # ----------

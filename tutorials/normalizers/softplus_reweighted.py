@@ -46,10 +46,12 @@ dot = attention_ref.get("scores/dot_product")
 EPS = np.finfo(np.float64).eps
 
 # %%
-# An example by hand ------------------ Softplus makes round numbers of logarithms: :math:`\ln(1 +
-# e^0) = \ln 2` and :math:`\ln(1 + e^{\ln 7}) = \ln 8 = 3 \ln 2`. One query along the first axis,
-# one key along it too, three along the second: the cosines are 1, 0, 0, 0. With :math:`c = \ln 7 /
-# \ln 4` the scores are :math:`\ln 7, 0, 0, 0`, the softplus stands as 3 to 1 to 1 to 1, so
+# An example by hand
+# ------------------
+# Softplus makes round numbers of logarithms: :math:`\ln(1 + e^0) = \ln 2` and
+# :math:`\ln(1 + e^{\ln 7}) = \ln 8 = 3 \ln 2`. One query along the first axis, one key along it
+# too, three along the second: the cosines are 1, 0, 0, 0. With :math:`c = \ln 7 / \ln 4` the
+# scores are :math:`\ln 7, 0, 0, 0`, the softplus stands as 3 to 1 to 1 to 1, so
 # :math:`a = (\tfrac12, \tfrac16, \tfrac16, \tfrac16)` and :math:`4 a = (2, \tfrac23, \tfrac23,
 # \tfrac23)`: only the first key is above average, and (4) gives it everything. Without the offset
 # the third powers stand as 27 to 1 to 1 to 1: :math:`p = (\tfrac9{10}, \tfrac1{30}, \tfrac1{30},
@@ -238,6 +240,10 @@ if not tutorial.quick:
 #
 # The figure
 # ----------
+# Left: weight of the planted key, dots are seeds; LSSAR with the power 15 and the softmax of the
+# scores (2) lie on each other at 1. Middle: the exponential, the softplus and its limit. Right: one
+# row with a planted key, weights over their largest; with the power 15 the second is at
+# :math:`10^{-8}`, and the curves of (4) end where the average is.
 
 figure = None
 if not tutorial.quick:
