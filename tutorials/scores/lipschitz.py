@@ -101,8 +101,8 @@ tutorial.check("forward against the library", np.max(np.abs(out - library)), 16 
 #
 # **(3')** A score is a product of three factors, one of them shared by all:
 #
-# .. math:: dD_{ts} = -\alpha\, c\; dz_{ts}, \qquad dc = -\alpha \textstyle\sum_{ts} dz_{ts}
-# D_{ts}.
+# .. math:: dD_{ts} = -\alpha\, c\; dz_{ts}, \qquad
+#           dc = -\alpha \textstyle\sum_{ts} dz_{ts}\, D_{ts} .
 #
 # **(2')** :math:`c = 1/(ab + \epsilon)` has the slope :math:`-c^2`, so :math:`da = -c^2\, b\, dc`
 # and :math:`db = -c^2\, a\, dc`. The slope of a norm is the unit vector: every query gets
@@ -155,10 +155,12 @@ mask = rng.random((T, S)) < 0.8
 tutorial.gradients(spec, {"q": q, "k": k, "v": v, "x": x, "alpha": ALPHA, "mask": mask})
 
 # %%
-# Experiment: a brighter picture ------------------------------ Handwritten digits, cut into 16
-# patches of 2 by 2 pixels, embedded at random into 32 channels with a random vector for the place;
-# four heads of width 8 with random projections. The whole input is multiplied by 1 to 100. We
-# watch the entropy of the weights for dot products, tied distances and LRSA.
+# Experiment: a brighter picture
+# ------------------------------
+# Handwritten digits, cut into 16 patches of 2 by 2 pixels, embedded at random into 32 channels with
+# a random vector for the place; four heads of width 8 with random projections. The whole input is
+# multiplied by 1 to 100. We watch the entropy of the weights for dot products, tied distances and
+# LRSA.
 #
 # Then the slope: six random tokens of width 4, one head, and the largest singular value of the
 # Jacobian of the whole map from tokens to outputs, projections included, its maximum over 100
@@ -245,12 +247,14 @@ if not tutorial.quick:
     tutorial.measured(ours=records, verdict=verdict, tolerance=0.02)
 
 # %%
-# LRSA does what the formula says. Three remarks. *Constant is not small*: at scale 1 the slope of
-# LRSA is of the size of the others', on some draws larger; what the construction excludes is
-# growth. *The values still grow*: the outputs are ten times larger for an input ten times larger,
-# and a linear classifier behind them becomes more sure after all; only the attention does not
-# add to it. *The scale is shared*: one very long token raises :math:`a` and :math:`b` for all, and
-# all other rows become even. The last is measured here, for the default :math:`\alpha`:
+# LRSA does what the formula says. Three remarks. *Constant is not small*: at scale 1 the largest
+# slope of LRSA is above the others' on all three seeds, up to five times as large; and with
+# :math:`\alpha = 100` its weights are sharp at *every* scale, 0.2 nats of the 2.8 that 16 tokens
+# allow. What the construction excludes is growth. *The values still grow*: the outputs are ten
+# times larger for an input ten times larger, and a linear classifier behind them becomes more sure
+# after all; only the attention does not add to it. *The scale is shared*: one very long token
+# raises :math:`a` and :math:`b` for all, and all other rows become even. The last is measured here,
+# for the default :math:`\alpha`:
 
 lengths = 10.0 ** np.arange(0, 4.1, 0.5)
 tokens = embedded(np.random.default_rng(3), pictures=20)
