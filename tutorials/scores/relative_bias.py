@@ -288,14 +288,15 @@ if not tutorial.quick:
     tutorial.measured(ours=records, verdict=verdict, tolerance=0.2)
 
 # %%
-# What is behind the numbers -------------------------- Absolute positions are at chance beyond the
-# places they were trained on. Shaw and Transformer-XL do not notice the length: what they reach at
-# 64 tokens they reach at 256. T5 lies between, for two reasons that can be seen in its table
-# (right panel):
+# What is behind the numbers
+# --------------------------
+# Absolute positions are at chance beyond the places they were trained on. Shaw and Transformer-XL
+# do not notice the length: what they reach at 64 tokens they reach at 256. T5 lies between, for two
+# reasons that can be seen in its table (right panel):
 #
 # *Unseen buckets.* No pair of tokens of a sequence of 64 is more than 63 apart, so the buckets 27
-# to 31 still have their initial bias of 0, while all seen ones but that of distance 3 were pushed
-# below. At length 256 most keys stand in those buckets, and each gets a larger bias than it
+# to 31 still have their initial bias of 0, while nearly all seen ones but that of distance 3 were
+# pushed below. At length 256 most keys stand in those buckets, and each gets a larger bias than it
 # should. Filling them with the bias of bucket 26, without training, shows how much that costs (the
 # line "filled"); ``max_distance=64`` would have avoided it.
 #
