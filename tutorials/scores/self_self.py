@@ -147,8 +147,9 @@ for name, gradient in ours.items():
 # \tfrac14 (8 - 5)) = (-\tfrac34, \tfrac34)`, the other row is 0. Both ways:
 # :math:`dz + dz^\top = ((-\tfrac32, \tfrac34), (\tfrac34, 0))`, times :math:`\ln 3` that is
 # :math:`dy`. Along itself nothing passes, and the lengths are 2 and 4:
-# :math:`dq = \ln 3\, ((0, \tfrac38), (\tfrac3{16}, 0))`. To raise :math:`o_0` from 5 towards 8,
-# the first query should turn to the second.
+# :math:`dq = \ln 3\, ((0, \tfrac38), (\tfrac3{16}, 0))`. To raise :math:`o_0`, the first query
+# should turn to the second. (It cannot raise it beyond 6: no cosine exceeds that of a token with
+# itself, so the second token gets half of the weight at most.)
 
 gradient = spec.backward(np.array([[1.0], [0.0]]), small_cache)
 error = np.max(np.abs(gradient["q"] - math.log(3) * np.array([[0, 3 / 8], [3 / 16, 0]])))
@@ -212,8 +213,8 @@ tutorial.measured(ours=records, verdict=verdict, tolerance=0.05)
 # %%
 # Two numbers explain the four temperatures (exercise 3): the weight that a token keeps for itself,
 # and the weight that stays within its group. At :math:`\tau = 40` a token keeps nearly everything
-# and does not move. At :math:`\tau = 0.1` it spreads over all tokens evenly, and after one step
-# all are their common mean. At :math:`\tau = 3` a third leaves the group at every step: the groups
+# and does not move. At :math:`\tau = 0.1` it spreads over all tokens evenly, and after one step all
+# are their common mean. At :math:`\tau = 3` a third leaves the group at the first step: the groups
 # tighten first, and merge as they do. At :math:`\tau = 10` little leaves, and most is kept: slow,
 # and stable for many steps. It is mean shift, with a kernel on the sphere. The authors' default is
 # one iteration.
