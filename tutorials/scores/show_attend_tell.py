@@ -187,7 +187,7 @@ tutorial.check("slope along -dp, relative", abs(-change / (1e-6 * np.sum(dp**2))
 #
 # Its mean is :math:`\sum_{s'} p_{s'}\, c(s')\, [s = s'] / p_s = c(s)`: right on average, whatever
 # it does in the single draw. A constant :math:`b` taken off the cost (the *baseline*, in the paper
-# a running mean) adds :math:`b` to all entries of the mean, which the softmax does not see. It
+# a running mean) takes :math:`b` off all entries of the mean, which the softmax does not see. It
 # does not change the mean of :math:`dz`; it does change the scatter.
 #
 # For two words and a cost of the whole caption, all draws can be enumerated. Both words answer for
