@@ -183,7 +183,9 @@ tutorial.gradients(spec, spec.example(np.random.default_rng(2))["softcap"])
 # With one relu layer the score is :math:`\sum_m w_m \max(a_{tm} + h_{sm}, 0)`: along the key, a sum
 # of bends whose *places* move with the query, each at its own speed. The second layer can use these
 # sums as coordinates and switch on combinations of them: a band, that is "above 0.4 *and* below
-# 0.9", is one more relu of the distance that the first layer computed.
+# 0.9", takes a few more relus of the distance that the first layer computed. (It is a matter of
+# economy. A band is a function of :math:`q - k` alone, and a wide enough first layer can draw it
+# with bends, two or so for each edge. The experiment does not compare with one layer.)
 #
 # Experiment: a band of distances
 # -------------------------------

@@ -11,8 +11,8 @@ r"""Neural attention: a small network with two hidden layers scores each query a
     o_t    &= \textstyle\sum_s p_{ts}\, v_s                                               &(6)
 
 The network reads the reduced pair [q P_q; k P_k]; cutting :math:`W_1` in two spares
-building it. The score may be any continuous function of the pair, where the dot product is
-bilinear; the price is :math:`M + N` numbers for every pair. There is no scale.
+building it. With enough units the score comes near any continuous function of that pair, where the
+dot product is bilinear; the price is :math:`M + N` numbers for every pair. There is no scale.
 
 Source: DiGiugno and Mahmood 2025; the official code Models/NeuralAttention.py was read; grade A.
 """
