@@ -15,8 +15,9 @@ base^(-i/M) and :math:`\Delta_{ts} = t + a - s`, a = S - T or 0,
 
 r is the product of the moduli and theta the difference of the angles of q and k: what they mean to
 each other. alpha and beta adapt it, gamma weighs the distance; each head has its own. alpha = 1,
-beta = 0, gamma = 1 are rotary positions, gamma = 0 the dot product. Any other alpha needs the
-(T, S, M) angles: the score is no longer a product of queries and keys.
+beta = 0, gamma = 1 are rotary positions, gamma = 0 the dot product. For a whole number alpha the
+score still splits into factors of the query and of the key; any other alpha needs the (T, S, M)
+angles, because theta is wrapped.
 
 Source: Shao et al. 2025, *ComplexFormer* (arXiv 2505.10222, withdrawn by its authors); only the
 abstract could be read, which gives exp[i(Adapt(AS) + Delta(P))]; grade D: *reconstruction*.
@@ -237,7 +238,10 @@ def complex_vector_forward(
     For alpha != 1 it matters which of the angles that differ by 2 pi is taken. The difference is
     wrapped to (-pi, pi], so that turning q and k together changes nothing; the score then jumps
     where q and k point in opposite directions. The angle of the product w is that difference; the
-    abstract's polar form of q and k one by one gives the same numbers.
+    abstract's polar form of q and k one by one gives the same numbers once it is wrapped. Without
+    wrapping alpha theta would be alpha theta_q - alpha theta_k: rotary attention of queries and
+    keys with stretched angles, a product again, but one that jumps where q or k alone crosses the
+    negative real axis.
 
     The gradient at a pair of channels that is exactly 0 is taken as 0 in q and k; for alpha != 1
     there is none.

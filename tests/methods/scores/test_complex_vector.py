@@ -219,6 +219,16 @@ def test_alpha_zero_sees_the_moduli_alone():
         np.testing.assert_allclose(across, 0.0, atol=1e-14)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 0.0, 1.0, 2.0, 3.0, 0.5, 1.5])
+def test_scores_split_for_whole_alpha_alone(alpha):
+    """A whole number turns the score of a pair into a product: rank 2, two real channels."""
+    rng = np.random.default_rng(3)
+    q, k, one = rng.standard_normal((12, 2)), rng.standard_normal((12, 2)), np.ones(1)
+    _, cache = complex_vector_forward(q, k, k, alpha * one, 0.4 * one, 0.7 * one, scale=1.0)
+    rank = np.linalg.matrix_rank(cache.capped, tol=1e-9)
+    assert rank == 2 if alpha == round(alpha) else rank > 4
+
+
 def test_only_the_distance_counts():
     kwargs = cases(SPEC)["no-heads"]
     late = {n: np.concatenate([np.zeros((3, kwargs[n].shape[-1])), kwargs[n]]) for n in "qkv"}
