@@ -355,7 +355,7 @@ tutorial.exercise(1, mine, visible(many.blank[0]).astype(float))
 
 # %%
 # **Solution 2.** The place of the first number behind a blank, minus the place of its marker, is
-# one more than the number of tokens to write. The network need not look at the numbers at all to
+# one more than the count of missing numbers. The network need not look at the numbers at all to
 # end a blank. In use nobody knows these places before the blank is filled. With (3) the ids behind
 # a blank are the same whatever its length.
 
