@@ -3,7 +3,8 @@
 Checks, the flat layout (N, H, T, D), quarantine of non-finite rows, rows without a key, and the
 shapes of the gradients. A kernel object has ``dtypes``, ``forward(cache, k, out, lse)`` and
 ``backward(cache, dout, lse, delta, dq, dk, dv, dbias)``; it fills arrays made here. One with
-``quarantines`` set finds non-finite keys by itself.
+``quarantines`` set finds non-finite keys by itself. One with ``halves``, names of dtypes of 16
+bits, takes those too: q, k, v, out and their gradients are then stored so, all else is float32.
 
 Non-finite numbers: a key whose k or v holds one enters the forward as k = NaN, v = 0, so that a
 query that sees it becomes NaN and a query that does not sees the -inf of the mask. In the backward
@@ -81,9 +82,30 @@ def _thin(name, x, lead, inner, dtype, q):
     return prepare(x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]), dtype)
 
 
-def _arrange(q, k, v, mask, bias):
-    """Check the shapes, flatten the leading axes, quarantine non-finite rows."""
+def _dtypes(kernel, q, k, v, bias):
+    """The dtype in which q, k, v are stored, and that of the sums, lse and the bias."""
+    halves = getattr(kernel, "halves", ())
+    names = [getattr(getattr(x, "dtype", None), "name", None) for x in (q, k, v)]
+    if any(n in halves for n in names):
+        if len(set(names)) > 1:
+            raise DTypeError(f"q, k, v have dtypes {', '.join(map(str, names))}, expected one")
+        if bias is not None and bias.dtype.name not in ("float32", names[0]):
+            raise DTypeError(f"bias has dtype {bias.dtype}, expected float32 or {names[0]}")
+        return q.dtype.newbyteorder("="), np.dtype(np.float32)
+    if halves and "uint16" in names:
+        raise DTypeError(
+            f"q, k, v have dtypes {', '.join(map(str, names))}, expected floating-point numbers; "
+            "hint: bits of bfloat16 are x.view(ml_dtypes.bfloat16)"
+        )
     dtype = float_dtype(q=q, k=k, v=v, bias=bias)
+    if dtype not in kernel.dtypes:
+        takes = " or ".join(map(str, (*kernel.dtypes, *halves)))
+        raise DTypeError(f"q, k, v promote to {dtype}, this kernel takes {takes}; hint: .astype()")
+    return dtype, dtype
+
+
+def _arrange(q, k, v, mask, bias, dtype, sums):
+    """Check the shapes, flatten the leading axes."""
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim < 2:
             raise ShapeError(f"{name} has shape {x.shape}, expected at least 2 axes")
@@ -101,15 +123,20 @@ def _arrange(q, k, v, mask, bias):
         check.boolean("mask", mask)
     lead = np.broadcast_shapes(*(_heads(x).shape[:-3] for x in (q, k, v)))
     mask = _thin("mask", mask, lead, (heads, queries, keys), np.bool_, q)
-    bias = _thin("bias", bias, lead, (heads, queries, keys), dtype, q)
+    bias = _thin("bias", bias, lead, (heads, queries, keys), sums, q)
     q = _flat(q, lead, dtype, heads)
     k, v = (_flat(x, lead, dtype) for x in (k, v))
-    return q, k, v, mask, bias, lead, dtype
+    return q, k, v, mask, bias, lead
 
 
 def _finite_rows(x):
     """True for rows without NaN and infinity; None when all are."""
     return None if np.isfinite(x).all() else np.isfinite(x).all(axis=-1, keepdims=True)
+
+
+def _one(x, value):
+    """One number as an array of x's dtype: np.where with it keeps the dtype, of 16 bits too."""
+    return np.full_like(x, value, shape=(1,) * x.ndim)
 
 
 def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row, seen=None):
@@ -142,10 +169,8 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
     given = {"q": q, "k": k, "v": v, **({} if bias is None else {"bias": bias})}
     masked, biased = mask is not None, bias is not None
     headed = max(q.ndim, k.ndim) > 2
-    q, k, v, mask, bias, lead, dtype = _arrange(q, k, v, mask, bias)
-    if dtype not in kernel.dtypes:
-        names = " or ".join(map(str, kernel.dtypes))
-        raise DTypeError(f"q, k, v promote to {dtype}, this kernel takes {names}; hint: .astype()")
+    dtype, sums = _dtypes(kernel, q, k, v, bias)
+    q, k, v, mask, bias, lead = _arrange(q, k, v, mask, bias, dtype, sums)
     (batch, heads, queries, width), keys, depth = q.shape, k.shape[2], v.shape[3]
 
     raw = getattr(kernel, "quarantines", False)
@@ -153,13 +178,13 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
     marked = k
     if good[0] is not None or good[1] is not None:
         both = np.logical_and(*(True if g is None else g for g in good))
-        marked = np.where(both, k, dtype.type(np.nan))
+        marked = np.where(both, k, _one(k, np.nan))
         k, v = (
-            x if g is None else np.where(g, x, dtype.type(0))
+            x if g is None else np.where(g, x, _one(x, 0))
             for x, g in zip((k, v), good, strict=True)
         )  # fmt: skip
     out = np.empty_like(q, shape=(batch, heads, queries, depth))
-    lse = np.empty_like(q, shape=(batch, heads, queries))
+    lse = np.empty_like(q, shape=(batch, heads, queries), dtype=sums)
     shape = (*lead, heads, queries) if headed else (queries,)
     cache = Cache(
         out.reshape(*shape, depth), lse.reshape(shape), q, k, v, mask, bias,
@@ -174,7 +199,7 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         _fill_empty_rows(out, lse, empty, marked, v, heads // max(k.shape[1], 1), empty_row)
     good_q = _finite_rows(q)
     if good_q is not None:
-        cache = cache._replace(q=np.where(good_q, q, dtype.type(0)))
+        cache = cache._replace(q=np.where(good_q, q, _one(q, 0)))
     return cache.out, cache
 
 
@@ -200,7 +225,8 @@ def _fill_empty_rows(out, lse, empty, k, v, share, empty_row):
     fill_with = np.full_like(v[:, :, :1], np.nan)
     if empty_row == "uniform" and v.shape[2]:
         poison = np.isnan(k).any(axis=(2, 3), keepdims=True)
-        fill_with = np.where(poison, np.nan, v.mean(axis=2, keepdims=True))
+        mean = v.astype(lse.dtype, copy=False).mean(axis=2, keepdims=True)
+        fill_with = np.where(poison, np.nan, mean).astype(out.dtype, copy=False)
     fill_with = np.broadcast_to(np.repeat(fill_with, share, axis=1), out.shape)
     out[empty] = fill_with[empty]
     if empty_row == "nan":
@@ -230,31 +256,33 @@ def backward(kernel, dout, cache, dlse):
     batch, heads, queries, keys, _, depth = lengths(c)
     if dout.shape != c.out.shape:
         raise ShapeError(f"dout has shape {dout.shape}, expected {c.out.shape}, that of the output")
-    dtype, infinity = c.q.dtype, c.q.dtype.type(np.inf)
+    dtype, sums = c.q.dtype, c.lse.dtype
     out, lse = c.out.reshape(*c.q.shape[:3], depth), c.lse.reshape(c.q.shape[:3])
     dout = prepare(dout, dtype).reshape(out.shape)
     empty, poison = lse == -np.inf, np.isnan(lse)
     if poison.any():
-        dout = np.where(poison[..., None], dtype.type(0), dout)
-        out = np.where(poison[..., None], dtype.type(0), out)
-    delta = np.einsum("nhte,nhte->nht", dout, out)
+        dout = np.where(poison[..., None], _one(dout, 0), dout)
+        out = np.where(poison[..., None], _one(out, 0), out)
+    pair = (x.astype(sums, copy=False) for x in (dout, out))
+    delta = np.einsum("nhte,nhte->nht", *pair)
     if dlse is not None:
-        delta -= np.where(empty | poison, dtype.type(0), np.reshape(dlse, delta.shape))
-    lse = np.where(empty | poison, infinity, lse)  # so that their weights are exp(-inf) = 0
+        delta -= np.where(empty | poison, sums.type(0), np.reshape(dlse, delta.shape))
+    lse = np.where(empty | poison, sums.type(np.inf), lse)  # their weights are exp(-inf) = 0
 
     if not c.clean:
-        k, v = (x if g is None else np.where(g, x, dtype.type(0))
+        k, v = (x if g is None else np.where(g, x, _one(x, 0))
                 for x, g in ((x, _finite_rows(x)) for x in (c.k, c.v)))  # fmt: skip
         c = c._replace(k=k, v=v)
     dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)
     full = (batch, heads, queries, keys) if c.biased else (1, 1, 1, 1)
-    dbias = np.zeros_like(c.q, shape=full)
+    dbias = np.zeros_like(c.q, shape=full, dtype=sums)
     kernel.backward(c, dout, lse, delta, dq, dk, dv, dbias)
     if c.empty_row == "uniform" and empty.any():
         empty = empty & _without_key(c, lse)
-        spread = np.where(empty[..., None], dout, dtype.type(0)).sum(axis=2, keepdims=True) / keys
-        groups = c.k.shape[1]
-        dv += spread.reshape(batch, groups, heads // groups, 1, depth).sum(axis=2)
+        spread = np.where(empty[..., None], dout.astype(sums, copy=False), sums.type(0))
+        spread, groups = spread.sum(axis=2, keepdims=True) / keys, c.k.shape[1]
+        spread = spread.reshape(batch, groups, heads // groups, 1, depth).sum(axis=2)
+        dv = (dv.astype(sums, copy=False) + spread).astype(dtype, copy=False)
     gradients = {"q": dq, "k": dk, "v": dv, **({"bias": dbias} if c.biased else {})}
     return {name: _give_back(dx, c, name) for name, dx in gradients.items()}
 
@@ -264,5 +292,7 @@ def _give_back(dx, cache, name):
     shape = cache.shapes[name]
     lead = cache.out.shape[: max(cache.out.ndim - 3, 0)]
     dx = dx.reshape(*lead, *dx.shape[1:])
+    if dx.shape != shape:
+        dx = dx.astype(cache.lse.dtype, copy=False)
     dx = sum_to(dx, shape) if len(shape) <= dx.ndim else dx.reshape(shape)
     return dx.astype(cache.dtypes[name], copy=False)

@@ -1,12 +1,10 @@
 """The CUDA text of dense attention without a GPU: compiled by NVRTC, executed on the CPU.
 
-``shim/`` turns every CUDA thread into a thread of the CPU. The wrapper around the launches is the
-shipped one too; only the launch itself is replaced.
+float32, and float16 and bfloat16 under the ratio protocol: at most twice (gradients: three times)
+the error of the plain formula whose every intermediate is stored in the same 16 bits.
 """
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,53 +13,23 @@ import pytest
 from attention_ref.core.errors import BackendUnavailable, DTypeError, ParameterError, ShapeError
 from attention_ref.kernels import cuda, plan, softmax
 from attention_ref.kernels.cuda import dense, window
-from tests.kernels import formulas
+from tests.kernels import formulas, on_cpu
 
-SHIM = Path(__file__).parent / "shim"
 BOUND = 64
-COMPILER = shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ to run CUDA text on the CPU")
+needs_compiler = pytest.mark.skipif(
+    on_cpu.COMPILER is None, reason="no g++ to run CUDA text on the CPU"
+)
 
 
-def build(target, side, width, depth, *options):
-    """Compile the CUDA text with the host compiler."""
-    command = [
-        COMPILER, "-std=c++20", "-pthread", "-g", f"-DSIDE={side}", f"-DHEAD_D={width}",
-        f"-DHEAD_E={depth}", f"-I{SHIM}", f"-I{cuda.FOLDER}", *options, str(SHIM / "dense.cpp"),
-        "-o", str(target),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    return target
+def kernel(side):
+    """The shipped kernel object with its launch on the CPU, in blocks of side * side threads."""
 
+    def launch(name, blocks, arguments, storage, width, depth):
+        only = () if side == 4 else ("-DONLY_FLOAT32",)
+        sizes = (f"-DSIDE={side}", f"-DHEAD_D={width}", f"-DHEAD_E={depth}")
+        on_cpu.call(on_cpu.library("dense", *sizes, *only), f"{storage}_{name}", blocks, arguments)
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
-    """The kernels with their launch on the CPU: (side) -> object for kernels.softmax."""
-    folder, loaded = tmp_path_factory.mktemp("shim"), {}
-
-    def make(side):
-        def launch(name, blocks, arguments, width, depth):
-            key = (side, width, depth)
-            if key not in loaded:
-                file = folder / f"dense_{side}_{width}_{depth}.so"
-                build(file, *key, "-O1", "-shared", "-fPIC")
-                loaded[key] = ctypes.CDLL(str(file))
-            cells = [pointer(x) for x in arguments]
-            table = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(c) for c in cells))
-            getattr(loaded[key], f"launch_{name}")(blocks, table)
-
-        return dense._Kernel(launch, 4 * side)
-
-    return make
-
-
-def pointer(x):
-    """A cell that holds one argument, as cuLaunchKernel wants it."""
-    if isinstance(x, np.ndarray):
-        assert x.flags.c_contiguous
-        return ctypes.c_void_p(x.ctypes.data)
-    kinds = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
-    return kinds[x.dtype.name](x.item())
+    return dense._Kernel(launch, 4 * side)
 
 
 def draw(batch, heads, groups, queries, keys, width, depth, mask=False, bias=None):
@@ -80,13 +48,13 @@ def draw(batch, heads, groups, queries, keys, width, depth, mask=False, bias=Non
     return x, options
 
 
-def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, softcap=None,
+def compare(run, x, options, causal=False, align="lower_right", scale=0.6, softcap=None,
             seen=None, truth_mask=None):  # fmt: skip
     """Forward and backward against the full matrix in float64: the largest distance, in eps."""
     arguments = (options["mask"], causal, align, scale, softcap, options["bias"], "zero")
     dlse = np.random.default_rng(1).standard_normal(x["dout"].shape[:-1]).astype(np.float32)
-    out, cache = softmax.forward(kernel, x["q"], x["k"], x["v"], *arguments, seen)
-    gradients = softmax.backward(kernel, x["dout"], cache, dlse)
+    out, cache = softmax.forward(run, x["q"], x["k"], x["v"], *arguments, seen)
+    gradients = softmax.backward(run, x["dout"], cache, dlse)
     if seen is not None:
         both = truth_mask if options["mask"] is None else truth_mask & options["mask"]
         options, causal = options | {"mask": both}, False
@@ -104,14 +72,14 @@ def compare(kernel, x, options, causal=False, align="lower_right", scale=0.6, so
 @needs_compiler
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 13), (33, 17), (13, 33)], ids=str)
 @pytest.mark.parametrize("case", ["plain", "causal", "upper", "mask", "all"])
-def test_values_and_gradients_on_the_cpu(case, lengths, on_cpu):
+def test_values_and_gradients_on_the_cpu(case, lengths):
     queries, keys = lengths
     x, options = draw(
         2, 4, 2, queries, keys, 5, 9, case in ("mask", "all"),
         (4, queries, keys) if case == "all" else (queries, 1) if case == "mask" else None,
     )  # fmt: skip
     distance = compare(
-        on_cpu(4), x, options, case in ("causal", "upper", "all"),
+        kernel(4), x, options, case in ("causal", "upper", "all"),
         "upper_left" if case == "upper" else "lower_right",
         softcap=1.3 if case == "all" else None,
     )  # fmt: skip
@@ -119,9 +87,9 @@ def test_values_and_gradients_on_the_cpu(case, lengths, on_cpu):
 
 
 @needs_compiler
-def test_the_block_size_that_is_shipped(on_cpu):
+def test_the_block_size_that_is_shipped():
     x, options = draw(1, 2, 1, 70, 67, 33, 13, True)
-    assert compare(on_cpu(dense.SIDE), x, options, causal=True) < BOUND
+    assert compare(kernel(dense.SIDE), x, options, causal=True) < BOUND
 
 
 def near(queries, keys, left=None, right=None, causal=False, align="lower_right"):
@@ -148,20 +116,20 @@ WINDOWS = {
 @needs_compiler
 @pytest.mark.parametrize("lengths", [(37, 70), (70, 37)], ids=str)
 @pytest.mark.parametrize("case", WINDOWS)
-def test_windows_on_the_cpu(case, lengths, on_cpu):
+def test_windows_on_the_cpu(case, lengths):
     """70 queries over 37 keys: the first ones stand before all keys and see none."""
     given, inner = WINDOWS[case], case == "both"
     x, options = draw(2, 4, 2, *lengths, 5, 9, inner, (4, *lengths) if inner else None)
     order = ("left", "right", "dilation", "causal", "align")
     defaults = {"left": None, "right": None, "dilation": 1, "causal": False, "align": "lower_right"}
     seen = window.intervals(*lengths, *((defaults | given)[n] for n in order))
-    distance = compare(on_cpu(4), x, options, seen=seen, truth_mask=near(*lengths, **given),
+    distance = compare(kernel(4), x, options, seen=seen, truth_mask=near(*lengths, **given),
                        softcap=1.3 if inner else None)  # fmt: skip
     assert distance < BOUND
 
 
 @needs_compiler
-def test_packed_sequences_with_intervals_for_every_n(on_cpu):
+def test_packed_sequences_with_intervals_for_every_n():
     pairs = [((5, 1, 31), (9, 30, 2)), ((0, 30, 7), (7, 0, 34))]
     seen = [plan.packed(*pair, causal=True) for pair in pairs]
     seen = plan.Seen(*(np.concatenate([getattr(s, n) for s in seen]) for n in ("low", "high")),
@@ -173,30 +141,30 @@ def test_packed_sequences_with_intervals_for_every_n(on_cpu):
             mask[n, 0, t : t + a, s : s + b] = near(a, b, causal=True)
             t, s = t + a, s + b
     x, options = draw(2, 4, 2, 37, 41, 5, 9)
-    assert compare(on_cpu(4), x, options, seen=seen, truth_mask=mask) < BOUND
+    assert compare(kernel(4), x, options, seen=seen, truth_mask=mask) < BOUND
 
 
 @needs_compiler
-def test_tiles_outside_of_a_window_are_not_read(on_cpu):
+def test_tiles_outside_of_a_window_are_not_read():
     """A key that no query sees may hold anything, and the work is that of the runs."""
     x, options = draw(1, 2, 1, 70, 70, 5, 9)
     seen = plan.interval(70, 70, causal=True, left=3)
-    kernel, asked = on_cpu(4), []
-    run = kernel.run
-    kernel.run = lambda name, blocks, arguments, *widths: (
+    watched, asked = kernel(4), []
+    run = watched.run
+    watched.run = lambda name, blocks, arguments, *key: (
         asked.append([x for x in arguments if getattr(x, "dtype", None) == np.int32 and x.ndim]),
-        run(name, blocks, arguments, *widths),
+        run(name, blocks, arguments, *key),
     )
-    assert compare(kernel, x, options, seen=seen, truth_mask=near(70, 70, 3, 0)) < BOUND
+    assert compare(watched, x, options, seen=seen, truth_mask=near(70, 70, 3, 0)) < BOUND
     for _low, _high, first, last in asked:
         assert (last - first).max() <= 16 + 3  # of 70
 
 
-def test_refuses_patterns_it_cannot_follow(on_cpu):
+def test_refuses_patterns_it_cannot_follow():
     rest = (None, False, "lower_right", None, None, None, "zero")
     seen = plan.restrict(plan.interval(2, 2), np.ones((1, 1), bool), 2, 2, 2)
     with pytest.raises(BackendUnavailable, match="tables of blocks"):
-        softmax.forward(on_cpu(4), *np.zeros((3, 1, 2, 2), np.float32), *rest, seen)
+        softmax.forward(kernel(4), *np.zeros((3, 1, 2, 2), np.float32), *rest, seen)
     with pytest.raises(BackendUnavailable, match="dilation = 3"):
         window.intervals(4, 4, 1, 1, 3, False, "lower_right")
     with pytest.raises(ParameterError, match="left"):
@@ -204,48 +172,184 @@ def test_refuses_patterns_it_cannot_follow(on_cpu):
 
 
 @needs_compiler
-def test_nothing_leaks_through_a_mask(on_cpu):
+def test_nothing_leaks_through_a_mask():
     x, options = draw(1, 2, 1, 9, 11, 5, 9, True)
     mask = options["mask"]
     mask[..., 4], mask[..., 6, 4] = False, True
     x["k"][0, 0, 4, 1] = np.nan
     rest = (mask, True, "lower_right", None, None, None, "zero")
-    out, cache = softmax.forward(on_cpu(4), x["q"], x["k"], x["v"], *rest)
+    out, cache = softmax.forward(kernel(4), x["q"], x["k"], x["v"], *rest)
     assert np.isnan(out).all(axis=(0, 1, 3)).tolist() == [t == 6 for t in range(9)]
-    gradients = softmax.backward(on_cpu(4), x["dout"], cache, None)
+    gradients = softmax.backward(kernel(4), x["dout"], cache, None)
     assert all(np.isfinite(g).all() for g in gradients.values())
 
 
+SMALL = ("-O1", "-DSHIM_MAIN", "-DSIDE=4", "-DHEAD_D=5", "-DHEAD_E=7")
+
+
 @needs_compiler
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_no_race_and_no_step_outside(sanitizer, tmp_path):
-    program = build(tmp_path / "dense", 4, 5, 7, "-O1", "-DSHIM_MAIN", f"-fsanitize={sanitizer}")
-    run = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+@pytest.mark.parametrize("sanitizer, storage", [("thread", "float16"), ("address", "float32")])
+def test_no_race_and_no_step_outside(sanitizer, storage, tmp_path):
+    more = ("-DONLY_FLOAT32",) if storage == "float32" else (f"-DSTORE={storage}",)
+    program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, *more, f"-fsanitize={sanitizer}")
+    run = on_cpu.run(program)
     assert run.returncode == 0 and run.stdout == "finished 1\n", run.stderr[-2000:]
 
 
 @needs_compiler
 def test_a_missing_barrier_is_reported(tmp_path):
-    program = build(
-        tmp_path / "dense", 4, 5, 7, "-O1", "-DSHIM_MAIN", "-DSHIM_NO_SYNC", "-fsanitize=thread"
-    )
-    run = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
+    program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, "-DONLY_FLOAT32",
+                           "-DSHIM_NO_SYNC", "-fsanitize=thread")  # fmt: skip
+    run = on_cpu.run(program)
     assert run.returncode != 0 and "data race" in run.stderr
 
 
 @needs_compiler
 def test_a_block_too_many_is_reported(tmp_path):
-    text = (SHIM / "dense.cpp").read_text().replace("(keys + TILE - 1) / TILE", "keys")
-    (tmp_path / "twin.cpp").write_text(text)
-    command = [
-        COMPILER, "-std=c++20", "-pthread", "-O1", "-fsanitize=address", "-DSIDE=4", "-DHEAD_D=5",
-        "-DHEAD_E=7", "-DSHIM_MAIN", f"-I{SHIM}", f"-I{cuda.FOLDER}", str(tmp_path / "twin.cpp"),
-        "-o", str(tmp_path / "twin"),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    run = subprocess.run([tmp_path / "twin"], capture_output=True, text=True, timeout=120,
-                         check=False)  # fmt: skip
+    text = (on_cpu.SHIM / "dense.cpp").read_text().replace("(keys + TILE - 1) / TILE", "keys")
+    program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, "-DONLY_FLOAT32",
+                           "-fsanitize=address", text=text)  # fmt: skip
+    run = on_cpu.run(program)
     assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr
+
+
+def bfloat16():
+    """The dtype, from the package that both JAX and ONNX bring along."""
+    return np.dtype(pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16)
+
+
+def converted(storage, x):
+    """Bits of the shim's rounding, and the numbers they stand for."""
+    sizes = ("-DSIDE=4", "-DHEAD_D=5", "-DHEAD_E=9")
+    bits, back = np.empty(x.size, np.uint16), np.empty(x.size, np.float32)
+    cells = [ctypes.c_void_p(a.ctypes.data) for a in (x, bits, back)]
+    getattr(on_cpu.library("dense", *sizes), f"convert_{storage}")(x.size, *cells)
+    return bits, back
+
+
+def spread():
+    """float32 numbers of all sizes, ties of both formats, subnormal ones, NaN and infinity."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2**32, 20000, dtype=np.uint32).view(np.float32)
+    near = np.ldexp(rng.integers(0, 2**13, 20000), rng.integers(-28, 6, 20000)).astype(np.float32)
+    edges = np.array([0, -0.0, 65504, 65519.996, 65520, -65520, np.inf, -np.inf, np.nan, 2.0**-25,
+                      3 * 2.0**-25, 2.0**-14, 3.3895314e38, 3.4e38], np.float32)  # fmt: skip
+    return np.concatenate([x, near, -near, edges])
+
+
+@needs_compiler
+def test_float16_of_the_shim_is_that_of_numpy():
+    x = spread()
+    bits, back = converted("float16", x)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        want = x.astype(np.float16)
+    number = ~np.isnan(x)
+    assert np.array_equal(bits[number], want[number].view(np.uint16)) and np.isnan(back[-6])
+    np.testing.assert_array_equal(back, want.astype(np.float32))
+
+
+@needs_compiler
+def test_bfloat16_rounds_to_eight_digits_and_ties_to_even():
+    x = spread()
+    bits, back = converted("bfloat16", x)
+    finite = np.isfinite(x)
+    exact = x[finite].astype(np.float64)
+    unit = np.ldexp(1.0, np.maximum(np.frexp(exact)[1], -125) - 8)  # of the last binary digit
+    want = np.rint(exact / unit) * unit
+    want = np.where(np.abs(want) >= 2.0**128, np.copysign(np.inf, want), want)
+    assert np.array_equal(back[finite], want)
+    assert np.array_equal(np.isnan(back), np.isnan(x))
+    assert np.array_equal(bits[finite] >> 15, np.signbit(x[finite]))
+
+
+def plain(q, k, v, dout, store, live, scale, softcap, bias):
+    """The formula as a plain program in 16 bits has it: float32 sums, every array rounded."""
+    share = q.shape[1] // k.shape[1]
+    q, k, v, dout = (x.astype(np.float32) for x in (q, k, v, dout))
+    k, v = np.repeat(k, share, axis=1), np.repeat(v, share, axis=1)
+    z = store(scale * (q @ k.swapaxes(-1, -2)))
+    steep = np.float32(1)
+    if softcap is not None:
+        y = store(np.tanh(z / softcap))
+        z, steep = store(softcap * y), store(1 - y * y)
+    z = np.where(live, z if bias is None else store(z + bias), np.float32(-np.inf))
+    top = np.max(z, axis=-1, keepdims=True)
+    weight = store(np.exp(z - np.where(np.isfinite(top), top, 0)))
+    total = store(weight.sum(axis=-1, keepdims=True))
+    p = store(np.divide(weight, total, out=np.zeros_like(weight), where=total > 0))
+    out = store(p @ v)
+    dp = store(dout @ v.swapaxes(-1, -2))
+    dz = store(p * (dp - store(np.sum(store(p * dp), axis=-1, keepdims=True))))
+    gradients = {} if bias is None else {"bias": formulas.summed(dz, bias.shape)}
+    dz = store(dz * steep)
+    gradients |= {
+        "q": store(scale * (dz @ k)),
+        "k": store(formulas.folded(scale * (dz.swapaxes(-1, -2) @ q), share)),
+        "v": store(formulas.folded(p.swapaxes(-1, -2) @ dout, share)),
+    }
+    return out, gradients
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["plain", "causal", "all", "window"])
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_half_storage_against_the_plain_formula(storage, case):
+    kind = np.dtype(np.float16) if storage == "float16" else bfloat16()
+    sizes, everything = (37, 70), case == "all"
+    x, options = draw(2, 4, 2, *sizes, 5, 9, everything, (4, *sizes) if everything else None)
+    x = {name: y.astype(kind) for name, y in x.items()}
+    softcap = 1.3 if everything else None
+    given = WINDOWS["both"] if case == "window" else {}
+    seen = plan.interval(*sizes, **given) if given else None
+    live = near(*sizes, causal=case in ("causal", "all"), **given)
+    live = live if options["mask"] is None else live & options["mask"]
+    out, cache = softmax.forward(kernel(4), x["q"], x["k"], x["v"], options["mask"],
+                                 case in ("causal", "all"), "lower_right", 0.6, softcap,
+                                 options["bias"], "zero", seen)  # fmt: skip
+    gradients = softmax.backward(kernel(4), x["dout"], cache, None)
+    true_out, true_lse, true = formulas.dense(**x, mask=live, scale=0.6, softcap=softcap,
+                                              bias=options["bias"])  # fmt: skip
+    store = lambda y: y.astype(kind).astype(np.float32)
+    plain_out, other = plain(**x, store=store, live=live, scale=0.6, softcap=softcap,
+                             bias=options["bias"])  # fmt: skip
+    assert out.dtype == kind and cache.lse.dtype == np.float32
+    alive = np.isfinite(true_lse)
+    assert formulas.distance(cache.lse[alive], true_lse[alive], np.float32) < BOUND
+    ratios = {"out": error(out, true_out) / error(plain_out, true_out) / 2}
+    for name, truth in true.items():
+        assert gradients[name].dtype == (np.float32 if name == "bias" else kind)
+        ratios[name] = error(gradients[name], truth) / error(other[name], truth) / 3
+    assert max(ratios.values()) <= 1, ratios
+
+
+def error(x, truth):
+    return float(np.max(np.abs(x.astype(np.float64) - truth)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("empty_row", ["zero", "nan", "uniform"])
+def test_half_storage_with_empty_rows_and_poison(empty_row):
+    x, options = draw(1, 2, 1, 9, 11, 5, 9, True)
+    options["mask"][..., 4], options["mask"][..., 6, 4] = False, True
+    x = {name: y.astype(np.float16) for name, y in x.items()}
+    x["k"][0, 0, 4, 1] = np.inf
+    rest = (options["mask"], False, "lower_right", None, None, None, empty_row)
+    out, cache = softmax.forward(kernel(4), x["q"], x["k"], x["v"], *rest)
+    gone = [t == 6 or (t == 4 and empty_row != "zero") for t in range(9)]
+    assert np.isnan(out).all(axis=(0, 1, 3)).tolist() == gone
+    gradients = softmax.backward(kernel(4), x["dout"], cache, None)
+    assert all(np.isfinite(g).all() and g.dtype == np.float16 for g in gradients.values())
+
+
+def test_refuses_storages_it_cannot_take():
+    rest = (None, False, "lower_right", None, None)
+    q, k, v = np.zeros((3, 1, 2, 2), np.float16)
+    with pytest.raises(DTypeError, match="float16, float32, float16, expected one"):
+        softmax.forward(kernel(4), q, k.astype(np.float32), v, *rest, None, "zero")
+    with pytest.raises(DTypeError, match="bias has dtype float64"):
+        softmax.forward(kernel(4), q, k, v, *rest, np.zeros((2, 2)), "zero")
+    with pytest.raises(DTypeError, match=r"view\(ml_dtypes.bfloat16\)"):
+        softmax.forward(kernel(4), *np.zeros((3, 1, 2, 2), np.uint16), *rest, None, "zero")
 
 
 def nvrtc():
@@ -264,15 +368,13 @@ def nvrtc():
     return None
 
 
-def compile_cubin(library, architecture, width, depth):
+def compile_cubin(library, architecture, storage, width, depth):
     """(status, log, size of the machine code)."""
     program = ctypes.c_void_p()
     text = cuda.source("dense").encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), text, b"dense.cu", 0, None, None) == 0
-    options = [
-        f"--gpu-architecture={architecture}", "--std=c++17", f"-DHEAD_D={width}",
-        f"-DHEAD_E={depth}", f"-DSIDE={dense.SIDE}",
-    ]  # fmt: skip
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += dense.options(storage, width, depth)
     table = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     status = library.nvrtcCompileProgram(program, len(options), table)
     size = ctypes.c_size_t()
@@ -286,9 +388,11 @@ def compile_cubin(library, architecture, width, depth):
     return status, log.value.decode(), code.value
 
 
-@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (5, 9), (256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "key", [("float16", 64, 64), ("bfloat16", 5, 9), ("float32", 256, 256)], ids=str
+)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-def test_compiles_for_the_gpu(architecture, widths):
+def test_compiles_for_the_gpu(architecture, key):
     library = nvrtc()
     if library is None:
         pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
@@ -296,7 +400,7 @@ def test_compiles_for_the_gpu(architecture, widths):
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     if architecture == "sm_100" and (major.value, minor.value) < (12, 8):
         pytest.skip("this NVRTC does not know sm_100")
-    status, log, code = compile_cubin(library, architecture, *widths)
+    status, log, code = compile_cubin(library, architecture, *key)
     assert status == 0 and "error" not in log, log
     assert code > 1000
 
@@ -316,10 +420,9 @@ def test_a_driver_without_a_gpu_is_not_enough(monkeypatch):
         cuda.require()
 
 
-def test_refuses_what_it_cannot_take(on_cpu):
-    kernel = on_cpu(4)
+def test_refuses_what_it_cannot_take():
     rest = (None, False, "lower_right", None, None, None, "zero")
     with pytest.raises(DTypeError, match="float32"):
-        softmax.forward(kernel, *np.zeros((3, 1, 2, 2)), *rest)
+        softmax.forward(kernel(4), *np.zeros((3, 1, 2, 2)), *rest)
     with pytest.raises(ShapeError, match="at most 256"):
-        softmax.forward(kernel, *np.zeros((3, 1, 2, 300), np.float32), *rest)
+        softmax.forward(kernel(4), *np.zeros((3, 1, 2, 300), np.float32), *rest)

@@ -10,6 +10,8 @@ from attention_ref.core.errors import BackendUnavailable
 
 PIP = 'python -m pip install "attention_ref[gpu-cuda12]"'
 FOLDER = Path(__file__).parent
+STORAGE = {"float32": (), "float16": ("-DFLOAT16",), "bfloat16": ("-DBFLOAT16",)}
+"""dtype of q, k, v -> options of the compiler."""
 
 
 def require():
@@ -32,5 +34,7 @@ def require():
 
 
 def source(name):
-    """The text of one kernel file, without its ending: ``source("dense")``."""
-    return (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    """The text of one kernel file, without its ending, what it includes put in its place."""
+    text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
+    shared = (FOLDER / "common.cu").read_text(encoding="utf-8")
+    return text.replace('#include "common.cu"\n', shared)

@@ -1,4 +1,4 @@
-// Dense softmax attention in float32 that never writes the scores to memory.
+// Dense softmax attention, summed in float32, that never writes the scores to memory.
 //
 //   z = c q k^T,  z <- cap tanh(z / cap),  z <- z + bias,  -inf where masked
 //   p = softmax(z),  out = p v,  lse = log sum exp z
@@ -25,8 +25,11 @@
 // The backward makes z again from q, k, lse: seven products instead of five, but every block owns
 // what it writes: no atomics, the same bits in every run.
 //
-// Compiled for one pair of widths: -DHEAD_D, -DHEAD_E. Plain C++ but for the CUDA keywords, so that
-// tests run this very text on the CPU. No tensor cores: float32 sums of float32 products.
+// Compiled for one pair of widths, -DHEAD_D, -DHEAD_E, and one storage (common.cu): numbers become
+// float32 where a tile is loaded and are rounded where a result is written. Plain C++ but for the
+// CUDA keywords, so that tests run this very text on the CPU. No tensor cores: float32 products.
+
+#include "common.cu"
 
 #ifndef HEAD_D
 #define HEAD_D 64
@@ -57,30 +60,18 @@ struct Shared {
     float alpha[TILE];
 };
 
-// Everything that turns q . k into a score.
-struct Scores {
-    const unsigned char* mask;
-    const float* bias;
-    const int *low, *high;  // of every query; null: all keys
-    float cap;
-    int causal, shift, queries, keys;
-    long long mask_t, mask_s, bias_t, bias_s;
-};
-
-__device__ inline float infinity() { return __int_as_float(0x7f800000); }
-
 // acc[i][j] += sum_d left[row i][d] right[row j][d]; rows ty * 4 + i of left, tx + SIDE j of right.
-__device__ inline void multiply_rows(Shared& m, float acc[4][4], const float* left, int lefts,
-                                     const float* right, int rights, int width, float factor) {
+__device__ inline void multiply_rows(Shared& m, float acc[4][4], const Number* left, int lefts,
+                                     const Number* right, int rights, int width, float factor) {
     int thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE;
     for (int start = 0; start < width; start += DEPTH) {
         for (int at = thread; at < TILE * DEPTH; at += THREADS) {
             int row = at / DEPTH, d = at % DEPTH;
             bool inside = start + d < width;
             m.a[d][row] = inside && row < lefts
-                              ? left[(long long)row * width + start + d] * factor : 0.0f;
+                              ? wide(left[(long long)row * width + start + d]) * factor : 0.0f;
             m.b[d][row] = inside && row < rights
-                              ? right[(long long)row * width + start + d] : 0.0f;
+                              ? wide(right[(long long)row * width + start + d]) : 0.0f;
         }
         __syncthreads();
         for (int d = 0; d < DEPTH; d++) {
@@ -96,14 +87,14 @@ __device__ inline void multiply_rows(Shared& m, float acc[4][4], const float* le
 
 // acc[i][j] += sum_r p[row i][r] right[r][tx + SIDE j]: the tile times rows of v, k, q or dout.
 template <int COLUMNS>
-__device__ inline void multiply_tile(Shared& m, float acc[4][COLUMNS], const float* right,
+__device__ inline void multiply_tile(Shared& m, float acc[4][COLUMNS], const Number* right,
                                      int rights, int width) {
     int thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE;
     for (int start = 0; start < rights; start += DEPTH) {
         for (int at = thread; at < DEPTH * width; at += THREADS) {
             int row = at / width;
             m.c[row][at % width] =
-                start + row < rights ? right[(long long)start * width + at] : 0.0f;
+                start + row < rights ? wide(right[(long long)start * width + at]) : 0.0f;
         }
         __syncthreads();
         for (int r = 0; r < DEPTH && start + r < TILE; r++) {
@@ -119,42 +110,9 @@ __device__ inline void multiply_tile(Shared& m, float acc[4][COLUMNS], const flo
     }
 }
 
-// Softcap, bias, mask, interval, causality; slope = derivative of the softcap. -inf where unseen.
-__device__ inline float score(const Scores& f, float z, int t, int s, float* slope) {
-    *slope = 1.0f;
-    bool live = t < f.queries && s < f.keys && (!f.causal || s <= t + f.shift);
-    if (live && f.low) live = f.low[t] <= s && s < f.high[t];
-    if (!live || (f.mask && !f.mask[t * f.mask_t + s * f.mask_s])) return -infinity();
-    if (f.cap > 0.0f) {
-        float y = tanhf(z / f.cap);
-        z = f.cap * y;
-        *slope = 1.0f - y * y;
-    }
-    if (f.bias) {
-        float b = f.bias[t * f.bias_t + s * f.bias_s];
-        z += b > 0.0f ? (b - b) + b : b;  // +inf becomes NaN and poisons its row
-    }
-    return z;
-}
-
-__device__ inline Scores scores_of(const unsigned char* mask, const float* bias, const int* low,
-                                   const int* high, float cap, int causal, int shift, int queries,
-                                   int keys, long long mask_t, long long mask_s, long long bias_t,
-                                   long long bias_s) {
-    Scores f;
-    f.mask = mask, f.bias = bias, f.low = low, f.high = high;
-    f.cap = cap, f.causal = causal, f.shift = shift;
-    f.queries = queries, f.keys = keys;
-    f.mask_t = mask_t, f.mask_s = mask_s, f.bias_t = bias_t, f.bias_s = bias_s;
-    return f;
-}
-
-__device__ inline int smaller(int a, int b) { return a < b ? a : b; }
-__device__ inline int larger(int a, int b) { return a > b ? a : b; }
-
 extern "C" __global__ void dense_forward(
-    const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    const int* low, const int* high, const int* first, const int* last, float* out, float* lse,
+    const Number* q, const Number* k, const Number* v, const unsigned char* mask, const float* bias,
+    const int* low, const int* high, const int* first, const int* last, Number* out, float* lse,
     int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
     int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
     long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
@@ -226,14 +184,14 @@ extern "C" __global__ void dense_forward(
             int r = ty * 4 + i, e = tx + SIDE * j;
             float sum = m.alpha[r];
             if (r < rows && e < HEAD_E)
-                out[(row0 + r) * HEAD_E + e] = sum != 0.0f ? acc[i][j] / sum : 0.0f;
+                out[(row0 + r) * HEAD_E + e] = narrow(sum != 0.0f ? acc[i][j] / sum : 0.0f);
         }
 }
 
 extern "C" __global__ void dense_backward_queries(
-    const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    const int* low, const int* high, const int* first, const int* last, const float* dout,
-    const float* lse, const float* delta, float* dq, float* dbias,
+    const Number* q, const Number* k, const Number* v, const unsigned char* mask, const float* bias,
+    const int* low, const int* high, const int* first, const int* last, const Number* dout,
+    const float* lse, const float* delta, Number* dq, float* dbias,
     int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
     int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
     long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
@@ -279,14 +237,14 @@ extern "C" __global__ void dense_backward_queries(
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < COLUMNS_D; j++) {
             int r = ty * 4 + i, d = tx + SIDE * j;
-            if (r < rows && d < HEAD_D) dq[(row0 + r) * HEAD_D + d] = acc[i][j] * scale;
+            if (r < rows && d < HEAD_D) dq[(row0 + r) * HEAD_D + d] = narrow(acc[i][j] * scale);
         }
 }
 
 extern "C" __global__ void dense_backward_keys(
-    const float* q, const float* k, const float* v, const unsigned char* mask, const float* bias,
-    const int* low, const int* high, const int* first, const int* last, const float* dout,
-    const float* lse, const float* delta, float* dk, float* dv,
+    const Number* q, const Number* k, const Number* v, const unsigned char* mask, const float* bias,
+    const int* low, const int* high, const int* first, const int* last, const Number* dout,
+    const float* lse, const float* delta, Number* dk, Number* dv,
     int heads, int groups, int queries, int keys, float scale, float cap, int causal, int shift,
     int patterns, long long mask_n, long long mask_h, long long mask_t, long long mask_s,
     long long bias_n, long long bias_h, long long bias_t, long long bias_s) {
@@ -338,11 +296,12 @@ extern "C" __global__ void dense_backward_keys(
         int r = ty * 4 + i;
         for (int j = 0; j < COLUMNS_D; j++) {
             int d = tx + SIDE * j;
-            if (r < rows && d < HEAD_D) dk[(column0 + r) * HEAD_D + d] = acc_k[i][j] * scale;
+            if (r < rows && d < HEAD_D)
+                dk[(column0 + r) * HEAD_D + d] = narrow(acc_k[i][j] * scale);
         }
         for (int j = 0; j < COLUMNS_E; j++) {
             int e = tx + SIDE * j;
-            if (r < rows && e < HEAD_E) dv[(column0 + r) * HEAD_E + e] = acc_v[i][j];
+            if (r < rows && e < HEAD_E) dv[(column0 + r) * HEAD_E + e] = narrow(acc_v[i][j]);
         }
     }
 }

@@ -1,8 +1,11 @@
 """Dense softmax attention on the GPU: what ``dense.cu`` needs before and after its launches.
 
-Takes CuPy arrays (float32), the arguments and results of ``kernels.numba.dense``. The module is
-compiled once for every pair of widths D, E, which are constants of the CUDA text. Intervals of
-``kernels.plan`` are followed; tables of blocks run on the CPU only.
+Takes CuPy arrays, the arguments and results of ``kernels.numba.dense``. q, k, v are float32,
+float16 or bfloat16, all three alike; bfloat16 is the dtype of the package ml_dtypes. ``out``,
+``dout`` and the gradients are stored like them; lse and every sum are float32; a bias may be
+float32 too. The module is compiled once for every pair of widths D, E and every storage, which are
+constants of the CUDA text. Intervals of ``kernels.plan`` are followed; tables of blocks run on the
+CPU only.
 """
 
 import functools
@@ -18,22 +21,30 @@ WIDEST = 256  # of D and E: the tile of v has to fit into shared memory
 
 
 @functools.cache
-def module(width, depth):
-    """The compiled module for one pair of widths."""
-    options = ("--std=c++17", f"-DHEAD_D={width}", f"-DHEAD_E={depth}", f"-DSIDE={SIDE}")
-    return cuda.require().RawModule(code=cuda.source("dense"), options=options)
+def module(storage, width, depth):
+    """The compiled module for one storage and one pair of widths."""
+    return cuda.require().RawModule(
+        code=cuda.source("dense"), options=("--std=c++17", *options(storage, width, depth))
+    )
 
 
-def launch(name, blocks, arguments, width, depth):
+def options(storage, width, depth):
+    """The constants of the CUDA text."""
+    sizes = (f"-DHEAD_D={width}", f"-DHEAD_E={depth}", f"-DSIDE={SIDE}")
+    return (*sizes, *cuda.STORAGE[storage])
+
+
+def launch(name, blocks, arguments, *key):
     """Run one kernel of the module on the GPU; ``blocks`` of SIDE * SIDE threads."""
     if blocks:
-        module(width, depth).get_function(name)((blocks,), (SIDE * SIDE,), arguments)
+        module(*key).get_function(name)((blocks,), (SIDE * SIDE,), arguments)
 
 
 class _Kernel:
     """The launches that ``softmax`` calls."""
 
     dtypes = (np.dtype(np.float32),)
+    halves = ("float16", "bfloat16")
 
     def __init__(self, run=launch, tile=TILE):
         self.run, self.tile = run, tile
@@ -44,7 +55,7 @@ class _Kernel:
         by_query, _ = _runs(c, self.tile)
         self.run("dense_forward", batch * heads * -(-queries // self.tile),
                  (c.q, k, c.v, *_optional(c), *by_query, out, lse, *_common(c)),
-                 width, depth)  # fmt: skip
+                 c.q.dtype.name, width, depth)  # fmt: skip
 
     def backward(self, c, dout, lse, delta, dq, dk, dv, dbias):
         batch, heads, queries, keys, width, depth = softmax.lengths(c)
@@ -52,9 +63,10 @@ class _Kernel:
         by_query, by_key = _runs(c, self.tile)
         self.run("dense_backward_queries", batch * heads * -(-queries // self.tile),
                  (*inputs, *by_query, *more, dq, dbias if c.biased else np.intp(0), *_common(c)),
-                 width, depth)  # fmt: skip
+                 c.q.dtype.name, width, depth)  # fmt: skip
         self.run("dense_backward_keys", batch * c.k.shape[1] * -(-keys // self.tile),
-                 (*inputs, *by_key, *more, dk, dv, *_common(c)), width, depth)  # fmt: skip
+                 (*inputs, *by_key, *more, dk, dv, *_common(c)),
+                 c.q.dtype.name, width, depth)  # fmt: skip
 
 
 def _optional(c):

@@ -33,6 +33,26 @@ inline void __syncthreads() {
 }
 
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+
+// float16 as the GPU converts it: exactly to float, to nearest and ties to even from float.
+inline float float_of_half(unsigned short bits) {
+    int exponent = bits >> 10 & 31, digits = bits & 1023;
+    float x = exponent == 31  ? (digits ? NAN : INFINITY)
+              : exponent == 0 ? std::ldexp((float)digits, -24)
+                              : std::ldexp((float)(1024 + digits), exponent - 25);
+    return bits >> 15 ? -x : x;
+}
+
+inline unsigned short half_of_float(float x) {
+    unsigned short sign = std::signbit(x) ? 0x8000 : 0;
+    if (x != x) return 0x7fff;
+    x = std::fabs(x);
+    if (x >= 65520.0f) return sign | 0x7c00;  // half way to the number behind the largest
+    int exponent = x >= 0x1p-14f ? std::ilogb(x) : -14;  // below, the subnormal numbers
+    int digits = (int)std::nearbyint(std::ldexp(x, 10 - exponent));  // ties to even
+    return sign | (unsigned short)(((exponent + 14) << 10) + digits);  // 2048 carries over
+}
 
 // Call kernel(*arguments...) in ``blocks`` blocks of ``threads``; arguments are pointers, as in
 // cuLaunchKernel.

@@ -1,23 +1,65 @@
-// dense.cu for the CPU: three functions for ctypes, or with -DSHIM_MAIN a program that runs all
-// kernels on odd sizes for ThreadSanitizer and AddressSanitizer.
+// dense.cu for the CPU: its functions for ctypes in every storage, or with -DSHIM_MAIN a program that
+// runs all kernels on odd sizes for ThreadSanitizer and AddressSanitizer, in the storage -DSTORE.
+//
+// The test writes dense.cu, what it includes put in and extern "C" taken out, into its own folder.
 
 #include "cuda_shim.h"
-// the very text that the GPU runs
-#include "dense.cu"
 
-#define EXPORT(NAME)                                              \
-    extern "C" void launch_##NAME(int blocks, void** arguments) { \
-        shim_launch(NAME, blocks, THREADS, arguments);            \
+namespace float32 {
+#include "dense.cu"
+}
+
+#ifndef ONLY_FLOAT32
+#define FLOAT16
+namespace float16 {
+#include "dense.cu"
+}
+#undef FLOAT16
+#define BFLOAT16
+namespace bfloat16 {
+#include "dense.cu"
+}
+#undef BFLOAT16
+#endif
+
+#ifndef SHIM_MAIN
+
+#define EXPORT(STORAGE, NAME)                                               \
+    extern "C" void STORAGE##_##NAME(int blocks, void** arguments) {        \
+        shim_launch(STORAGE::NAME, blocks, THREADS, arguments);             \
     }
 
-EXPORT(dense_forward)
-EXPORT(dense_backward_queries)
-EXPORT(dense_backward_keys)
+#define EXPORT_ALL(STORAGE)                 \
+    EXPORT(STORAGE, dense_forward)          \
+    EXPORT(STORAGE, dense_backward_queries) \
+    EXPORT(STORAGE, dense_backward_keys)
 
-#ifdef SHIM_MAIN
+EXPORT_ALL(float32)
+#ifndef ONLY_FLOAT32
+EXPORT_ALL(float16)
+EXPORT_ALL(bfloat16)
+
+extern "C" void convert_float16(int count, const float* x, unsigned short* y, float* back) {
+    for (int i = 0; i < count; i++) back[i] = wide(float16::Number{y[i] = half_of_float(x[i])});
+}
+extern "C" void convert_bfloat16(int count, const float* x, unsigned short* y, float* back) {
+    for (int i = 0; i < count; i++) {
+        y[i] = bfloat16::narrow(x[i]).bits;
+        back[i] = wide(bfloat16::Number{y[i]});
+    }
+}
+#endif
+
+#else
 
 #include <algorithm>
 #include <cstdio>
+
+#ifndef STORE
+#define STORE float32
+#endif
+
+using namespace STORE;
 
 static std::vector<float> numbers(int count, int seed) {
     std::vector<float> x(count);
@@ -25,18 +67,24 @@ static std::vector<float> numbers(int count, int seed) {
     return x;
 }
 
+static std::vector<Number> stored(int count, int seed) {
+    std::vector<Number> x;
+    for (float y : numbers(count, seed)) x.push_back(narrow(y));
+    return x;
+}
+
 int main() {
     const int batch = 1, heads = 2, groups = 1, queries = 21, keys = 19;
     // exactly as long as needed, on the heap: one step outside is seen
-    auto q = numbers(batch * heads * queries * HEAD_D, 1);
-    auto k = numbers(batch * groups * keys * HEAD_D, 2);
-    auto v = numbers(batch * groups * keys * HEAD_E, 3);
+    auto q = stored(batch * heads * queries * HEAD_D, 1);
+    auto k = stored(batch * groups * keys * HEAD_D, 2);
+    auto v = stored(batch * groups * keys * HEAD_E, 3);
     auto bias = numbers(queries * keys, 4);
     std::vector<unsigned char> mask(queries * keys);
     for (int i = 0; i < queries * keys; i++) mask[i] = i % 3 != 0;
-    auto out = numbers(batch * heads * queries * HEAD_E, 0), dout = numbers(out.size(), 5);
+    auto out = stored(batch * heads * queries * HEAD_E, 0), dout = stored(out.size(), 5);
     auto lse = numbers(batch * heads * queries, 0), delta = numbers(lse.size(), 6);
-    auto dq = numbers(q.size(), 0), dk = numbers(k.size(), 0), dv = numbers(v.size(), 0);
+    auto dq = stored(q.size(), 0), dk = stored(k.size(), 0), dv = stored(v.size(), 0);
     auto dbias = numbers(batch * heads * queries * keys, 0);
     // a window that follows the diagonal, empty at the end, with the runs that contain it
     std::vector<int> low(queries), high(queries);
@@ -77,7 +125,7 @@ int main() {
            low.data(), high.data(), other_first.data(), other_last.data(), dout.data(), lse.data(),
            delta.data(), dk.data(), dv.data());
     float sum = 0.0f;
-    for (float x : dk) sum += x;
+    for (Number x : dk) sum += wide(x);
     std::printf("finished %d\n", std::isfinite(sum));
 }
 
