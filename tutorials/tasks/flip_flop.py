@@ -128,8 +128,29 @@ tutorial.check("with the smaller bonus it is -1/7", abs(mean[0, 3] + 1 / 7), 1e-
 # .. math:: 2^{g+1} - 2 < e^c
 #           \quad\Longleftrightarrow\quad g < \log_2(e^c + 2) - 1 \approx c / \ln 2 - 1 ,    \tag{7}
 #
-# and this is all that can be promised: the reach is now *linear* in :math:`c`. The slope that finds
-# the last write spoils the bonus that finds the writes.
+# and the reach is now *linear* in :math:`c`. The slope that finds the last write spoils the bonus
+# that finds the writes.
+#
+# **With earlier writes not even (7) is promised.** If m of them, one after the other, hold the
+# other bit, they weigh :math:`e^c (1 - 2^{-m})`, and of the last write's :math:`e^c` a margin of
+# only :math:`2^{-m} e^c` is left for the noise. At :math:`c = 4`, five ``w0`` and then ``w1 i0 r?``
+# have :math:`e^4 / 32 \approx 1.7` against 2: wrong at a gap of 1. A promise for all sequences
+# takes a steeper slope, :math:`e^a > 2`: however many writes came before, the margin is at least
+# :math:`e^c (e^a - 2) / (e^a - 1)`, the noise at most :math:`e^a + \dots + e^{ag}`, and the answer
+# is right while
+#
+# .. math:: e^{a (g + 1)} - e^a < e^c\, (e^a - 2) .                                      \tag{8}
+#
+# This reach, too, is linear in :math:`c`.
+
+answer, mean = flip_flop_head(encode("w0w0w0w0w0w1i0r1"), c=4.0, slope=LN2)
+margin, total = math.exp(4) / 32 - 2, math.exp(4) * (2 - 1 / 32) + 2
+tutorial.check("five writes before", abs(mean[0, -1] - margin / total), 1e-15)
+print("w0w0w0w0w0w1i0r? with slope ln 2:", text(answer[0])[-1])
+for gap in (1, 2, 3):  # (8) at e^a = 3, c = 4: 3^(g + 1) < e^4 + 3, so g = 1, 2
+    tokens = encode("w0" * 30 + "w1" + "i0" * gap + "r1")
+    said = text(flip_flop_head(tokens, c=4.0, slope=math.log(3))[0][0])[-1]
+    tutorial.check(f"(8), gap {gap}: {said}", float((said == "1") != (3 ** (gap + 1) < 57.6)), 0)
 
 answer, _ = flip_flop_head(encode("w1w1w0r0"), c=10.0)
 print("w1w1w0r? without slope:", text(answer[0])[-1], " with slope ln 2:", end=" ")
@@ -243,10 +264,10 @@ if not tutorial.quick:
 
 # %%
 # The claim holds for a head that may rely on there being one write. As soon as it must find the
-# *last* of several, the slope eats the bonus, and the reach is that of (7), a few pairs more for
-# each unit of :math:`c`. A real model sits between the two: its scores are bounded, its notion of
-# "last" is soft, and which of the two failures shows depends on the sequence. That is what a
-# *glitch* looks like from outside.
+# *last* of several, the slope eats the bonus, and the reach is about that of (7), one or two pairs
+# more for each unit of :math:`c`. A real model sits between the two: its scores are bounded, its
+# notion of "last" is soft, and which of the two failures shows depends on the sequence. That is
+# what a *glitch* looks like from outside.
 #
 # The figure
 # ----------
@@ -293,7 +314,7 @@ if not tutorial.quick:
 # Exercises
 # ---------
 # **1. Write this score yourself.** Give the slope to the writes only: :math:`z_s = [a_s = w](c + a
-# s)` and 0 for everything else. Which of (5), (6), (7) change? Fill in the function; a head with
+# s)` and 0 for everything else. Which of (5) to (8) change? Fill in the function; a head with
 # your score answers all reads of sequences with long gaps and is compared with the machine of two
 # states.
 
@@ -329,8 +350,8 @@ print(f"exercise 1: the head of (4) is wrong in {share:.1%}")
 # at its place, so at worst all are writes of the other bit; with :math:`a = \ln 2` they weigh
 # :math:`e^c (1 + 2 + \dots + 2^{m-1}) = e^c (2^m - 1)` against :math:`e^c 2^m`. What is left,
 # :math:`e^c`, meets g ignored pairs of weight 1: right while :math:`g < e^c`. (6) is still what the
-# slope needs, but (5) now holds for all sequences, and (7) is gone: the reach is exponential again.
-# The price is in the scores, which grow with the length of the text: see exercise 2.
+# slope needs, but (5) now holds for all sequences, (7) and (8) are gone: the reach is exponential
+# again. The price is in the scores, which grow with the length of the text: see exercise 2.
 
 longest = reach = 0
 while reach == longest:
