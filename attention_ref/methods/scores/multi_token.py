@@ -10,7 +10,8 @@ r"""Multi-token attention: scores of neighbouring queries and keys are added bef
     p_{hts} &= e^{y_{hts} + \beta_{hts}} / \textstyle\sum_{s'} e^{y_{hts'} + \beta_{hts'}} &(4)\\
     p_{hts} &\leftarrow \textstyle\sum_{a,b} \theta'_{h,\,A-1-a,\,b}\;
             p_{h,\,t-a,\,s+b-\lfloor B/2 \rfloor}\quad\text{where t may see s, else 0}   &(5)\\
-    p_{hts} &\leftarrow \textstyle\sum_{h'} w'_{hh'}\, p_{h'ts}                          &(6)\\
+    p_{hts} &\leftarrow \textstyle\sum_{h'} w'_{hh'}\, p_{h'ts}
+            \quad\text{where t may see s, else 0}                                       &(6)\\
     o_{ht}  &= \textstyle\sum_s p_{hts}\, v_{hs}                                         &(7)
 
 with a kernel of A queries (backwards) and B keys (both sides) a head; steps (3), (5) and (6) only
@@ -234,7 +235,9 @@ def multi_token_forward(
     -----
     The paper's kernels have A = 6, B = 11, its head mixing after the softmax groups of 2; kernels
     and matrices begin as identities (:func:`identity_kernel`). In the official code the matrix of
-    (6) stands transposed, row = head that gives; its matrix of (3) is as here. With neither (5) nor
+    (6) stands transposed, row = head that gives; its matrix of (3) is as here. Its mask is the same
+    for all heads; where heads differ in what they may see, (6) gives a head no weight on what is
+    hidden from it. With neither (5) nor
     (6) that code applies the softmax twice; here it is applied once, as the paper writes. The code
     may also pad keys on one side; here always on both. A block-diagonal mask alone does not keep
     packed sequences apart, since the last pair of one and the first of the next are diagonal
