@@ -85,7 +85,8 @@ def _parser():
     sub.add_argument("--precision", help="what it computes in inside, e.g. float32")
     sub.add_argument("--case", action="append", help="only this case (may be repeated)")
     sub.add_argument("--dtype", action="append", help="only this dtype (may be repeated)")
-    sub.add_argument("--sizes", help="only the first rows of every case, e.g. T=2,S=3")
+    sub.add_argument("--sizes", help="other lengths for every case, e.g. T=128,S=128,D=64")
+    sub.add_argument("--device", help="where PyTorch tensors live, e.g. cuda")
     sub = add("bench", _bench, "ratios against other libraries, in one run")
     sub.add_argument("--quick", action="store_true", help="small sizes, under 20 s")
     sub.add_argument("--out", help="also measure growth and memory; write JSON here, SVG beside")
@@ -332,6 +333,7 @@ def _check(args):
         names=_object("names", args.names),
         fixed=_object("fixed", args.fixed),
         sizes=_sizes(args.sizes),
+        device=args.device,
         conventions={n: a for n, a in told.items() if a},
     )
     print(report.to_json() if args.json else report)

@@ -206,7 +206,8 @@ def names_of(fn, names, ours):
 class Foreign:
     """A function under its own names, layout and conventions, called in ours."""
 
-    def __init__(self, fn, framework, layout, names, fixed, backward, conventions):
+    def __init__(self, fn, framework, layout, names, fixed, backward, conventions, device=None):
+        self.device = device
         self.fn, self.framework, self.layout, self.names = fn, framework, layout, names
         self.fixed, self.backward = fixed, backward
         self.compiled = {}  # JAX: options -> compiled call
@@ -357,9 +358,9 @@ class Foreign:
             if not isinstance(a, np.ndarray):
                 made[n] = a
             elif not is_float(a):
-                made[n] = torch.tensor(np.ascontiguousarray(a))
+                made[n] = torch.tensor(np.ascontiguousarray(a)).to(self.device)
             else:
-                t = torch.tensor(np.ascontiguousarray(a)).to(kind)
+                t = torch.tensor(np.ascontiguousarray(a)).to(self.device, kind)
                 leaves[n] = t.requires_grad_(dout is not None)
                 made[n] = t.clone() if dout is not None else t
                 if how == "strided" and t.ndim > 1:
@@ -381,7 +382,7 @@ class Foreign:
             note = "the output is not connected to the inputs: no autograd"
             return Answer(outs, None, name, modified, note)
         try:
-            out.backward(torch.tensor(np.ascontiguousarray(dout)).to(out.dtype))
+            out.backward(torch.tensor(np.ascontiguousarray(dout)).to(out))
         except Exception as failure:
             return Answer(outs, None, name, modified, f"the backward raised {describe(failure)}")
         gradients = {n: None if t.grad is None else to_numpy(t.grad) for n, t in leaves.items()}
@@ -423,7 +424,7 @@ class Foreign:
     def _one_by_one(self, given, dout, dtype, how):
         """A function of one head (TD) or one sequence (HTD), called for each and put together."""
         inner = Foreign(self.fn, self.framework, "BHTD", self.names, self.fixed, self.backward,
-                        {"mask": self.mask_rule})  # fmt: skip
+                        {"mask": self.mask_rule}, self.device)  # fmt: skip
         axes = 2 if self.layout == "TD" else 3
         lead = given["q"].shape[:-axes]
         if any(given[n].shape[:-axes] != lead for n in "kv" if n in given):

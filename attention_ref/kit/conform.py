@@ -36,7 +36,9 @@ FORWARD_RATIO, GRADIENT_RATIO = 2.0, 3.0
 FLOOR = {"float64": 64.0, "float32": 64.0, "float16": 4.0, "bfloat16": 4.0}
 """Roundings that are always allowed: two orders of the same sum differ by some."""
 DTYPES = tuple(lowp.EPS)
-SHRINK_SECONDS = 3.0
+SHRINK_SECONDS, DIAGNOSIS_SECONDS = 3.0, 10.0
+LARGE = 20_000
+"""Numbers in a case above which float32 and less is judged by float64: it has fast products."""
 NAMED = 6
 """Diagnoses that are printed below the table; the table has them all."""
 
@@ -169,7 +171,7 @@ def short(x):
 def check(
     fn, key="scores/dot_product", *, backward=None, framework=None, layout="BHTD", names=None,
     dtypes=("float64", "float32"), gradients=True, cases=None, fixed=None, conventions=None,
-    sizes=None, extra=None,
+    sizes=None, extra=None, device=None,
 ):  # fmt: skip
     """Compare a function with a method of this library: output and every gradient.
 
@@ -203,9 +205,12 @@ def check(
         (it wants E = D), ``precision`` ("float32": it computes in float32 inside), ``mask``
         ("attend": True = may attend; "blocked": True = hidden; "additive": 0 and -inf).
     sizes : dict, optional
-        Letter -> length: only the first rows of every case, e.g. ``{"T": 2, "S": 3}``.
+        Letter -> length, for every case: its first rows (``{"T": 2, "S": 3}``), or more of them
+        where a kernel wants whole blocks (``{"T": 128, "S": 128, "D": 64, "E": 64}``).
     extra : dict, optional
         Further cases: name -> arguments in our words, float64.
+    device : str, optional
+        Where PyTorch tensors live, e.g. "cuda".
 
     Returns
     -------
@@ -233,7 +238,7 @@ def check(
         door.option("dtypes", dtype, DTYPES)
     ours = list(inspect.signature(spec.main).parameters)
     found = names_of(fn, names, ours)
-    foreign = Foreign(fn, framework, layout, found, fixed or {}, backward, conventions)
+    foreign = Foreign(fn, framework, layout, found, fixed or {}, backward, conventions, device)
     every = inputs.examples(spec, conventions) | (extra or {})
     chosen = {}
     for case, kwargs in every.items():
@@ -241,10 +246,11 @@ def check(
             continue
         if "scale" in kwargs and not found.get("scale"):  # then both take 1/sqrt(D)
             kwargs = {n: a for n, a in kwargs.items() if n != "scale"}
-        chosen[case] = inputs.cut(kwargs, sizes) if sizes else kwargs
+        chosen[case] = inputs.resize(kwargs, sizes) if sizes else kwargs
     if guessed and framework == "numpy" and backward is None:
         foreign.framework = framework = _probed(foreign, chosen)
-    asked = _Asked(spec, foreign, conventions, gradients and spec.backward_function is not None)
+    wants = gradients and spec.backward_function is not None
+    asked = _Asked(spec, foreign, conventions, wants, sizes)
     report = Report(about={"key": key, "framework": framework, "layout": layout} | conventions)
     runnable = {}
     for case, kwargs in chosen.items():
@@ -288,7 +294,7 @@ def _hint_layout(report, asked, runnable, dtypes):
     for layout in ("TD", "HTD", "BTHD"):
         if layout == f.layout:
             continue
-        other = Foreign(f.fn, f.framework, layout, f.names, f.fixed, f.backward, {})
+        other = Foreign(f.fn, f.framework, layout, f.names, f.fixed, f.backward, {}, f.device)
         lines = _Asked(asked.spec, other, asked.conventions, False).one(
             next(iter(runnable)), next(iter(runnable.values())), dtypes[-1]
         )
@@ -301,8 +307,9 @@ def _hint_layout(report, asked, runnable, dtypes):
 class _Asked:
     """One check: what is asked of whom; runs a case and collects what the calls showed."""
 
-    def __init__(self, spec, foreign, conventions, gradients):
+    def __init__(self, spec, foreign, conventions, gradients, sizes=None):
         self.spec, self.foreign, self.conventions = spec, foreign, conventions
+        self.sizes, self.seconds = sizes or {}, 0.0
         self.gradients = gradients and foreign.differentiates
         parameters = inspect.signature(spec.main).parameters
         self.rule = {n: conventions[n] for n in ("align", "empty_row")
@@ -314,13 +321,13 @@ class _Asked:
         spec, foreign = self.spec, self.foreign
         exact = {n: lowp.round_to(a, dtype).astype(np.float64) if is_float(a) else a
                  for n, a in kwargs.items()}  # fmt: skip
-        right_out, cache, true = truth(spec, exact | self.rule)
+        right_out, cache, true = truth(spec, exact | self.rule, dtype)
         flat = tree.flatten(right_out)
         main = next(iter(flat))
         want, dout = flat[main], None
         if want.dtype.kind == "f":
             dout = lowp.round_to(inputs.cotangent(spec, case, want.shape), dtype).astype(float)
-        repeat = self.command(case, dtype, None)
+        repeat = self.command(case, dtype, self.sizes)
         asks = dout if self.gradients and want.dtype.kind == "f" else None
         try:
             answer = foreign(exact, asks, dtype)
@@ -338,9 +345,9 @@ class _Asked:
         lines = [judge(case, dtype, "out", out, want, plain[main], inside, FORWARD_RATIO, None,
                         repeat)]  # fmt: skip
         if lines[0].verdict == "WRONG":
-            says = diagnose.forward(
-                out.astype(float), np.asarray(want, float), spec, exact | self.rule, dtype
-            )
+            right = np.asarray(want, float)
+            says = self.named(diagnose.forward, out.astype(float), right, spec,
+                              exact | self.rule, dtype)  # fmt: skip
             return [lines[0]._replace(says=says)]
         lines += self._others(case, dtype, flat, plain, answer.outs, cache, exact, inside, repeat)
         if asks is None:
@@ -355,6 +362,15 @@ class _Asked:
         right = {n: g.astype(np.float64) for n, g in right.items()}
         return lines + self._gradients(case, dtype, right, rough, answer, exact, dout, inside,
                                        repeat)  # fmt: skip
+
+    def named(self, diagnosis, *args):
+        """A diagnosis, as long as there is time: large cases take a while to compare."""
+        begin = time.monotonic()
+        if self.seconds > DIAGNOSIS_SECONDS:
+            return "not looked into: the lines before took long enough"
+        says = diagnosis(*args)
+        self.seconds += time.monotonic() - begin
+        return says
 
     def _inside(self, dtype, returned):
         """The dtype whose plain implementation sets the bound."""
@@ -413,7 +429,7 @@ class _Asked:
                                   repeat))  # fmt: skip
         if any(x.verdict == "WRONG" and not x.says for x in lines):
             wide = {n: g.astype(float) for n, g in found.items() if n in right}
-            says = diagnose.backward(wide, right, self.spec, exact | self.rule, dout)
+            says = self.named(diagnose.backward, wide, right, self.spec, exact | self.rule, dout)
             lines = [x._replace(says=x.says or says) if x.verdict == "WRONG" else x for x in lines]
         return lines
 
@@ -477,6 +493,7 @@ class _Asked:
             line += f" --case {case} --dtype {dtype}"
             return line + (f" --sizes {_sizes_text(sizes)}" if sizes else "")
         more = f", sizes={sizes}" if sizes else ""
+        more += f", device={f.device!r}" if f.device else ""
         more += f", layout={f.layout!r}" if f.layout != "BHTD" else ""
         more += f", conventions={self.conventions}" if self.conventions else ""
         return f"kit.check(fn, {key!r}, cases=[{case!r}], dtypes=[{dtype!r}]{more})"
@@ -489,14 +506,14 @@ class _Asked:
         count = {n: sum(a.size for a in k.values() if is_float(a)) for n, k in runnable.items()}
         line = min(wrong, key=lambda x: (x.what != wrong[0].what, count[x.case]))
         kwargs, sizes = runnable[line.case], {}
-        until = time.monotonic() + SHRINK_SECONDS
+        until, self.seconds = time.monotonic() + SHRINK_SECONDS, 0.0
         for letter in "BHGTSED" if "attention" in self.spec.flags else "":
             have = inputs.sizes(kwargs)
-            for n in sorted({1, 2, 3, have.get(letter, 1) // 2} - {0}):
+            for n in (1, 2, 3, *(2**i for i in range(2, 20))):
                 if n >= have.get(letter, 1) or time.monotonic() > until:
                     break
                 try:
-                    smaller = inputs.cut(kwargs, {letter: n})
+                    smaller = inputs.resize(kwargs, {letter: n})
                     again = self._again(line, smaller)
                 except Exception:
                     continue
@@ -510,7 +527,7 @@ class _Asked:
         return {"case": line.case, "dtype": line.dtype, "what": line.what, "says": line.says,
                 "sizes": _sizes_text(inputs.sizes(kwargs)), "worst": list(place),
                 "got": float(got), "expected": float(expected),
-                "repeat": self.command(line.case, line.dtype, sizes)}  # fmt: skip
+                "repeat": self.command(line.case, line.dtype, self.sizes | sizes)}  # fmt: skip
 
     def _again(self, line, kwargs):
         lines = self.one(line.case, kwargs, line.dtype)
@@ -567,8 +584,25 @@ def _sizes_text(sizes):
     return ",".join(f"{n}={sizes[n]}" for n in "BHGTSDE" if n in sizes)
 
 
-def truth(spec, exact):
-    """Output and cache in extended precision, so that float64 too has an error to compare with."""
+def truth(spec, exact, dtype="float64"):
+    """Output, cache and the type they have: extended precision, so that float64 has an error too.
+
+    Parameters
+    ----------
+    spec : Spec
+        The row.
+    exact : dict
+        Arguments, float64.
+    dtype : str
+        What is judged by it; for less than float64 a float64 truth does, where sizes are large.
+
+    Returns
+    -------
+    tuple
+    """
+    size = sum(a.size for a in exact.values() if is_float(a))
+    if dtype != "float64" and size > LARGE:
+        return *spec.call(exact), np.float64
     wide = {n: a.astype(np.longdouble) if is_float(a) else a for n, a in exact.items()}
     try:
         with door.extended():

@@ -14,6 +14,8 @@ from attention_ref.kit import tree, zoo
 from attention_ref.kit.inputs import SEPARATED
 from attention_ref.kit.lowp import EPS
 
+BLOCKS = (*range(1, 9), 16, 32, 64, 128, 256)
+"""Block lengths of an online softmax that are tried."""
 PAIRS = 300
 """Pairs of changed arguments that are tried at most."""
 
@@ -147,7 +149,7 @@ def _wrong_outputs(spec, kwargs):
             yield from _called(spec, says, kwargs | {"mask": mask | ~some})
     if spec.key in SEPARATED:
         options = {n: a for n, a in kwargs.items() if n != "empty_row"}
-        for size in range(1, min(kwargs["k"].shape[-2], 129)):
+        for size in (n for n in BLOCKS if n < kwargs["k"].shape[-2]):
             says = f"matches an online softmax over blocks of {size} whose sums are not rescaled "
             yield says + "when the maximum grows", zoo.blocks(**options, size=size)
     for bug, says in (zoo.DELTA if spec.key == "recurrent/delta_rule" else zoo.FORWARD).items():

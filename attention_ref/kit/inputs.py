@@ -103,8 +103,8 @@ def _extreme(spec, chosen):
     """The first example with queries thirty times as large, and with tiny ones."""
     base = next(iter(chosen.values()))
     made = {}
-    for name, factor in (("large", 30.0), ("tiny", 1e-3)):
-        kwargs = base | {n: factor * base[n] for n in "qk" if n in base}
+    for name, factor, names in (("large", 30.0, "q"), ("tiny", 1e-3, "qk")):
+        kwargs = base | {n: factor * base[n] for n in names if n in base}
         try:
             out = tree.flatten(spec.call(kwargs)[0])
         except (ValueError, TypeError):
@@ -168,8 +168,8 @@ def sizes(kwargs):
     return found
 
 
-def cut(kwargs, wanted):
-    """The first rows and columns of a case.
+def resize(kwargs, wanted):
+    """A case with other lengths: its first rows, or more of them that look like its own.
 
     Parameters
     ----------
@@ -181,28 +181,60 @@ def cut(kwargs, wanted):
     Returns
     -------
     dict
+        An entry depends on its place alone, so that the first rows of a longer case are the same;
+        a given scale follows 1/sqrt(D).
 
     Raises
     ------
     ParameterError
-        For a letter or a length that the case does not have.
+        For a letter that the case does not have, or a length below 1.
     """
     have = sizes(kwargs)
     for letter, n in wanted.items():
-        if letter not in have or not 1 <= n <= have[letter]:
-            raise ParameterError(
-                f"sizes has {letter}={n}, expected 1 <= n <= length with lengths {have}"
-            )
+        if letter not in have or n < 1:
+            raise ParameterError(f"sizes has {letter}={n}, expected 1 <= n for one of {have}")
     if "H" in wanted and "G" not in have:
         wanted = wanted | {"G": wanted["H"]}
-    smaller = dict(kwargs)
+    other = dict(kwargs)
     for name, letters in AXES.items():
         a = kwargs.get(name)
         if not isinstance(a, np.ndarray):
             continue
-        places = [slice(None)] * a.ndim
+        shape = list(a.shape)
         for i, letter in enumerate(letters[max(len(letters) - a.ndim, 0) :]):
-            if letter in wanted and a.shape[i] > 1:
-                places[i] = slice(wanted[letter])
-        smaller[name] = np.ascontiguousarray(a[tuple(places)])
-    return smaller
+            if letter in wanted and (shape[i] > 1 or name in "qkv"):
+                shape[i] = wanted[letter]
+        other[name] = _grown(a, tuple(shape), name in "qkv")
+    if other.get("scale") is not None and "D" in wanted:  # scores of the same size
+        other["scale"] = other["scale"] * (have["D"] / wanted["D"]) ** 0.5
+    return other
+
+
+def _grown(a, shape, channels):
+    """The array repeated periodically to a shape and disturbed; new channels are noise alone."""
+    place = np.ix_(*(np.arange(n) % m for n, m in zip(shape, a.shape, strict=True)))
+    grown = np.ascontiguousarray(a[place])
+    if a.dtype.kind != "f" or all(n <= m for n, m in zip(shape, a.shape, strict=True)):
+        return grown
+    new = np.zeros(shape, bool)
+    for axis, (n, m) in enumerate(zip(shape, a.shape, strict=True)):
+        new |= (np.arange(n) >= m).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    spread = min(float(np.std(a)) if a.size > 1 else 1.0, 1.0)
+    if channels:  # repeated ones would add up to scores that grow with D
+        grown = np.where(np.arange(shape[-1]) < a.shape[-1], grown, 0.0)
+    return np.where(new, grown + spread * _noise(shape), grown)
+
+
+def _noise(shape):
+    """Numbers of variance 1 that depend on the place alone: a hash of the indices."""
+    h = np.zeros(shape, np.uint64)
+    with np.errstate(over="ignore"):
+        for axis, n in enumerate(shape):
+            i = np.arange(1, n + 1, dtype=np.uint64).reshape(
+                [-1 if a == axis else 1 for a in range(len(shape))]
+            )
+            h = h + i * np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
+            h = h ^ (h >> np.uint64(31))
+    return ((h >> np.uint64(11)).astype(float) / 2.0**53 - 0.5) * 12**0.5

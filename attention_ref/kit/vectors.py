@@ -38,7 +38,8 @@ class Case:
         Optional arguments that the case uses.
     """
 
-    def __init__(self, spec, name, kwargs, dtype, rule=None):
+    def __init__(self, spec, name, kwargs, dtype, rule=None, sizes=None):
+        self._sizes = sizes
         self.spec, self.key, self.name, self.dtype = spec, spec.key, name, dtype
         self._exact = {n: lowp.round_to(a, dtype).astype(np.float64) if is_float(a) else a
                        for n, a in kwargs.items()}  # fmt: skip
@@ -68,14 +69,14 @@ class Case:
         """The random upstream gradient of the output, in the dtype."""
         return _stored(self._dout, self.dtype)
 
-    def torch(self):
-        """The inputs as tensors, those that owe a gradient with ``requires_grad``."""
+    def torch(self, device=None):
+        """The inputs as tensors on a device, those that owe a gradient with ``requires_grad``."""
         import torch
 
         kind = getattr(torch, self.dtype)
         return {
-            n: torch.tensor(a).to(kind).requires_grad_() if is_float(a)
-            else torch.tensor(a) if isinstance(a, np.ndarray) else a
+            n: torch.tensor(a).to(device, kind).requires_grad_() if is_float(a)
+            else torch.tensor(a).to(device) if isinstance(a, np.ndarray) else a
             for n, a in self.inputs.items()
         }  # fmt: skip
 
@@ -83,7 +84,7 @@ class Case:
 
     @functools.cached_property
     def _true(self):
-        out, cache, kind = conform.truth(self.spec, self._exact | self._rule)
+        out, cache, kind = conform.truth(self.spec, self._exact | self._rule, self.dtype)
         return out, cache, kind, tree.flatten(out)
 
     @functools.cached_property
@@ -221,7 +222,8 @@ class Case:
             text += f", off by {abs(ours - right):.3g}"
         text += f"\n  allowed {bound['bound']:.3g}; the plain implementation is off by "
         text += f"{bound['plain']:.3g}\n  the case alone: kit.cases({self.key!r}, "
-        raise CheckFailure(text + f"names=[{self.name!r}], dtypes=[{self.dtype!r}])")
+        more = f", sizes={self._sizes}" if self._sizes else ""
+        raise CheckFailure(text + f"names=[{self.name!r}], dtypes=[{self.dtype!r}]{more})")
 
     def _compare_lse(self, got):
         right = self.lse
@@ -263,7 +265,9 @@ def needed(spec, kwargs):
             yield name
 
 
-def cases(key, *, dtypes=("float64", "float32"), names=None, supports=None, conventions=None):
+def cases(
+    key, *, dtypes=("float64", "float32"), names=None, supports=None, conventions=None, sizes=None,
+):  # fmt: skip
     """The cases of a row for ``pytest.mark.parametrize``, with ids like ``causal-float32``.
 
     Parameters
@@ -278,6 +282,8 @@ def cases(key, *, dtypes=("float64", "float32"), names=None, supports=None, conv
         Optional arguments that your function has; cases that use others are left out.
     conventions : dict, optional
         As in :func:`attention_ref.kit.check`: ``align``, ``empty_row``, ``same_width``.
+    sizes : dict, optional
+        As in :func:`attention_ref.kit.check`: letter -> length, for every case.
 
     Returns
     -------
@@ -297,6 +303,7 @@ def cases(key, *, dtypes=("float64", "float32"), names=None, supports=None, conv
     spec, conventions = get(key), dict(conventions or {})
     check_options("numpy", "BHTD", conventions)
     every = inputs.examples(spec, conventions)
+    every = {n: inputs.resize(k, sizes) if sizes else k for n, k in every.items()}
     for dtype in dtypes:
         door.option("dtypes", dtype, conform.DTYPES)
     for name in names or ():
@@ -305,7 +312,7 @@ def cases(key, *, dtypes=("float64", "float32"), names=None, supports=None, conv
     rule = {n: conventions[n] for n in ("align", "empty_row")
             if n in conventions and n in parameters}  # fmt: skip
     found = [
-        Case(spec, name, kwargs, dtype, rule)
+        Case(spec, name, kwargs, dtype, rule, sizes)
         for name, kwargs in every.items() if names is None or name in names
         for dtype in dtypes
     ]  # fmt: skip

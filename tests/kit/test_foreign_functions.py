@@ -14,7 +14,7 @@ import pytest
 import attention_ref
 from attention_ref import cli, kit
 from attention_ref.core.errors import ParameterError
-from attention_ref.kit import golden, properties
+from attention_ref.kit import golden, inputs, properties
 from attention_ref.kit.adapters import framework_of, signature_of
 
 
@@ -289,7 +289,7 @@ def test_the_smallest_case_and_both_forms_of_the_command(monkeypatch, capsys):
 
 
 def test_sizes_and_conventions_are_checked():
-    for bad in ({"sizes": {"T": 9}, "cases": ["square"]}, {"sizes": {"Z": 1}, "cases": ["square"]},
+    for bad in ({"sizes": {"T": 0}, "cases": ["square"]}, {"sizes": {"Z": 1}, "cases": ["square"]},
                 {"conventions": {"allign": "upper_left"}}, {"conventions": {"align": "up"}},
                 {"dtypes": ("float8",)}):  # fmt: skip
         with pytest.raises(ParameterError):
@@ -330,6 +330,51 @@ def test_the_command_line_takes_conventions(monkeypatch, capsys, tmp_path):
     assert "did you mean 'blocked'" in capsys.readouterr().err
 
 
+def in_blocks(q, k, v, scale=None, causal=False, block=32):
+    """Wrong from the second block of keys on: what was summed up is not rescaled."""
+    z = q @ np.swapaxes(k, -1, -2) * q.dtype.type(scale or q.shape[-1] ** -0.5)
+    if causal:
+        z = np.where(np.tri(*z.shape[-2:], z.shape[-1] - z.shape[-2], dtype=bool), z, -np.inf)
+    total = out = 0.0
+    for s in range(0, z.shape[-1], block):
+        part = z[..., s : s + block]
+        top = np.max(part, -1, keepdims=True)
+        e = np.exp(part - np.where(np.isfinite(top), top, 0.0))
+        total, out = total + np.sum(e, -1, keepdims=True), out + e @ v[..., s : s + block, :]
+    return (out / np.where(total == 0, 1, total)).astype(q.dtype)
+
+
+def test_a_mistake_of_the_second_block_needs_larger_sizes():
+    mine = functools.partial(in_blocks, block=32)
+    assert kit.check(mine).ok
+    wide = {"B": 2, "H": 2, "T": 40, "S": 70, "D": 16, "E": 8}
+    cases = ["square", "causal", "huge"]
+    report = kit.check(mine, sizes=wide, cases=cases, dtypes=("float32",))
+    assert any("over blocks of 32" in s for s in report.named), report.named
+    small = report.smallest["sizes"]
+    assert "S=64" in small and "T=1," in small and "D=1," in small, small
+    assert "'S': 64" in report.smallest["repeat"]
+    again = eval(report.smallest["repeat"], {"kit": kit, "fn": mine})
+    assert again.smallest["got"] == report.smallest["got"]
+    assert kit.check(functools.partial(in_blocks, block=128), sizes=wide, cases=cases).ok
+
+
+def test_longer_cases_begin_like_shorter_ones():
+    for case in inputs.examples(attention_ref.get("heads/multi_query")).values():
+        long = inputs.resize(case, {"T": 20, "S": 21, "D": 22})
+        again = inputs.resize(long, {n: m for n, m in inputs.sizes(case).items() if n in "TSD"})
+        direct = inputs.resize(case, {"T": 9, "S": 16, "D": 2})
+        for name, a in case.items():
+            if isinstance(a, np.ndarray):
+                assert np.array_equal(again[name], a)
+                if name == "k":
+                    assert np.array_equal(direct[name], long[name][..., :16, :2])
+    noise = inputs._noise((50, 40, 7))
+    assert abs(np.mean(noise)) < 0.03 and abs(np.std(noise) - 1) < 0.03
+    flat = noise.reshape(50, -1)
+    assert np.max(np.abs(np.corrcoef(flat) - np.eye(50))) < 0.25
+
+
 # ------------------------------------------------------------------------------ frameworks
 
 
@@ -350,7 +395,7 @@ def test_the_framework_is_guessed():
     assert framework_of(Module()) == framework_of(by_global) == "torch"
     assert framework_of(attend) == "numpy"
     assert kit.check(Module(), cases=["square", "odd"]).ok
-    report = kit.check(by_method, cases=["square", "odd"])
+    report = kit.check(by_method, cases=["square", "odd"], device="cpu")
     assert report.ok and report.about["framework"] == "torch"
     assert any(x.what == "dq" for x in report)
     with warnings.catch_warnings():

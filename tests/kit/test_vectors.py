@@ -1,5 +1,8 @@
 """``kit.cases``: ids, inputs on the grid of the dtype, and a comparison that explains."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -80,6 +83,40 @@ def test_a_wrong_shape_and_a_wrong_lse():
         case.assert_matches(out, lse=lse)
     with pytest.raises(CheckFailure, match="lse has shape"):
         case.assert_matches(out, lse=lse[..., None])
+
+
+def test_the_epsilons_are_those_of_the_dtypes():
+    for name in ("float64", "float32", "float16"):
+        assert lowp.EPS[name] == np.finfo(name).eps
+    assert lowp.round_to(np.array([1 + lowp.EPS["bfloat16"]]), "bfloat16")[0] > 1
+
+
+def test_larger_sizes():
+    case = kit.cases("heads/multi_query", names=["mask"], sizes={"T": 20, "S": 33, "D": 16})[0]
+    assert case.inputs["q"].shape[-2:] == (20, 16) and case.inputs["mask"].shape[-2:] == (20, 33)
+    out, cache = case.spec.forward(**case.inputs)
+    case.assert_matches(out, case.spec.backward(case.dout, cache))
+    with pytest.raises(CheckFailure, match=r"sizes=\{'T': 20"):
+        case.assert_matches(out + 1)
+
+
+def test_pytest_shows_ids_and_explanations(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        "import pytest\n"
+        "from attention_ref import kit\n"
+        "from attention_ref.kit import zoo\n"
+        "CASES = kit.cases('scores/dot_product', names=['square', 'causal'])\n"
+        "@pytest.mark.parametrize('case', CASES)\n"
+        "def test_kernel(case):\n"
+        "    case.assert_matches(zoo.attend(**case.inputs, bug='causal ignored')[0])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "2 failed, 2 passed" in run.stdout, run.stdout
+    assert "test_mine.py::test_kernel[causal-float64]" in run.stdout
+    assert "matches without the causal mask" in run.stdout
 
 
 def test_inputs_are_fresh_and_options_say_what_is_needed():
