@@ -38,6 +38,7 @@ import numpy as np
 from attention_ref import core
 
 HALVINGS = 52  # steps of the bisection; one Newton step follows
+ALMOST_SOFTMAX = 1e-18  # the least eta: softmax up to rounding, where eta itself would underflow
 
 
 class Cache(NamedTuple):
@@ -276,9 +277,8 @@ def adaptive_sparse_monotonic_forward(
 
     Notes
     -----
-    Reconstructed are: that the two parts are used in this
-    form and at these places, the range (1, 2) of alpha, the starts, and :func:`head_drop` for the
-    paper's pruning of monotonic heads. The recurrence replaces the usual quotient of cumulative
+    Reconstructed are: that the two parts are used in this form and at these places, the range
+    (1, 2) of alpha, the starts, and :func:`head_drop` for the paper's pruning of monotonic heads. The recurrence replaces the usual quotient of cumulative
     products and sums, whose denominators underflow. A monotonic row depends on the rows before
     it, so a NaN that one of them sees makes NaN of all later ones. Other rows of the family:
     normalizers/entmax has any alpha from 1 on.
@@ -320,7 +320,7 @@ def adaptive_sparse_monotonic_forward(
 
     z = core.scores_forward(q, k, scale)  # (1)
     if name == "a":
-        eta = core.logistic(knob)
+        eta = np.maximum(core.logistic(knob), ALMOST_SOFTMAX)
         p, *steps = *sparse_forward(z, live, eta), eta  # (2)
     else:
         p, *steps = *monotonic_forward(z + knob, live), live

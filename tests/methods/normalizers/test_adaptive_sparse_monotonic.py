@@ -122,6 +122,22 @@ def test_far_right_of_a_is_sparsemax_far_left_is_softmax():
         np.testing.assert_allclose(out, want, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize(("dtype", "a"), [("f8", -50.0), ("f8", -900.0), ("f4", -120.0)])
+def test_an_eta_that_underflows_is_softmax(dtype, a):
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.standard_normal(s).astype(dtype) for s in ((1, 3, 4), (1, 6, 4), (1, 6, 2)))
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        out, cache = adaptive_sparse_monotonic_forward(q, k, v, a=np.full(1, a, dtype))
+        g = adaptive_sparse_monotonic_backward(np.ones_like(out), cache)
+    want, plain = attention_ref.run("scores/dot_product", q, k, v)
+    assert out.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(out, want, rtol=0, atol=16 * np.finfo(dtype).eps)
+    h = attention_ref.get("scores/dot_product").backward(np.ones_like(out), plain)
+    for name in h:
+        np.testing.assert_allclose(g[name], h[name], rtol=0, atol=64 * np.finfo(dtype).eps)
+    assert np.all(np.abs(g["a"]) < 1e-16)
+
+
 def test_sparse_rows_sum_to_one_and_have_zeros():
     for case in SPARSE:
         kwargs = cases(SPEC)[case]
