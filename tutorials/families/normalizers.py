@@ -369,6 +369,7 @@ tutorial.measured(ours=records, verdict=verdict, tolerance=0.05)
 # cross where the weight is exactly zero. ``adaptive_sparse_monotonic`` has two panels, one for
 # each of its parts.
 
+
 def bars(axes, heights, colour):
     """Bars as one broken line: a picture with few objects."""
     places = np.flatnonzero(heights)
