@@ -11,7 +11,8 @@ r"""Entropy scale: with another number of tokens than in training, scores get an
 N_0 is the number of tokens in training, N that at inference, p a map made with the scale
 :math:`1/\sqrt D`. As :math:`\ln p` is the scores minus a constant of the row, (2) and (3) are the
 softmax with the scale lambda: maps in, maps out. More tokens than in training make rows sharper
-(g > 1), fewer make them smoother; the entropy stays the same share of its largest value ln N.
+(g > 1), fewer make them smoother; for Gaussian scores the entropy stays nearly the same share of
+its largest value ln N.
 
 Source: Jin, Shen, Li, Xue 2023, *Training-free Diffusion Model Adaptation for Variable-Sized
 Text-to-Image Synthesis*; the formula is well known and stands so in public re-implementations, the
