@@ -4,6 +4,7 @@ The text keeps to the C++ that a host compiler reads once a few keywords are def
 execute it without a GPU. CuPy is imported by :func:`require` alone.
 """
 
+import functools
 from pathlib import Path
 
 from attention_ref.core.errors import BackendUnavailable
@@ -38,3 +39,9 @@ def source(name):
     text = (FOLDER / f"{name}.cu").read_text(encoding="utf-8")
     shared = (FOLDER / "common.cu").read_text(encoding="utf-8")
     return text.replace('#include "common.cu"\n', shared)
+
+
+@functools.cache
+def load(name, *options):
+    """The module of one kernel file, compiled once for these constants."""
+    return require().RawModule(code=source(name), options=("--std=c++17", *options))

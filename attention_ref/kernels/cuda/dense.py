@@ -8,8 +8,6 @@ constants of the CUDA text. Intervals of ``kernels.plan`` are followed; tables o
 CPU only.
 """
 
-import functools
-
 import numpy as np
 
 from attention_ref.core.errors import BackendUnavailable, DTypeError, ShapeError
@@ -18,14 +16,6 @@ from attention_ref.kernels import cuda, plan, softmax
 SIDE = 16  # threads along one side of a block
 TILE = 4 * SIDE  # rows of one block
 WIDEST = 256  # of D and E: the tile of v has to fit into shared memory
-
-
-@functools.cache
-def module(storage, width, depth):
-    """The compiled module for one storage and one pair of widths."""
-    return cuda.require().RawModule(
-        code=cuda.source("dense"), options=("--std=c++17", *options(storage, width, depth))
-    )
 
 
 def options(storage, width, depth):
@@ -37,7 +27,8 @@ def options(storage, width, depth):
 def launch(name, blocks, arguments, *key):
     """Run one kernel of the module on the GPU; ``blocks`` of SIDE * SIDE threads."""
     if blocks:
-        module(*key).get_function(name)((blocks,), (SIDE * SIDE,), arguments)
+        module = cuda.load("dense", *options(*key))
+        module.get_function(name)((blocks,), (SIDE * SIDE,), arguments)
 
 
 class _Kernel:
@@ -51,15 +42,15 @@ class _Kernel:
 
     def forward(self, c, k, out, lse):
         batch, heads, queries, _, width, depth = softmax.lengths(c)
-        _check_width(width, depth)
+        check_width(width, depth)
         by_query, _ = _runs(c, self.tile)
         self.run("dense_forward", batch * heads * -(-queries // self.tile),
-                 (c.q, k, c.v, *_optional(c), *by_query, out, lse, *_common(c)),
+                 (c.q, k, c.v, *optional(c), *by_query, out, lse, *_common(c)),
                  c.q.dtype.name, width, depth)  # fmt: skip
 
     def backward(self, c, dout, lse, delta, dq, dk, dv, dbias):
         batch, heads, queries, keys, width, depth = softmax.lengths(c)
-        inputs, more = (c.q, c.k, c.v, *_optional(c)), (dout, lse, delta)
+        inputs, more = (c.q, c.k, c.v, *optional(c)), (dout, lse, delta)
         by_query, by_key = _runs(c, self.tile)
         self.run("dense_backward_queries", batch * heads * -(-queries // self.tile),
                  (*inputs, *by_query, *more, dq, dbias if c.biased else np.intp(0), *_common(c)),
@@ -69,7 +60,7 @@ class _Kernel:
                  c.q.dtype.name, width, depth)  # fmt: skip
 
 
-def _optional(c):
+def optional(c):
     """Mask and bias; a null pointer where there is none."""
     return c.mask if c.masked else np.intp(0), c.bias if c.biased else np.intp(0)
 
@@ -98,16 +89,21 @@ def _runs(c, tile):
 def _common(c):
     """Sizes, numbers and strides, in the order and the types of the CUDA text."""
     _, heads, queries, keys, _, _ = softmax.lengths(c)
-    steps = softmax.strides(c.mask, c.masked)[:4] + softmax.strides(c.bias, c.biased)[:4]
     sizes = (np.int32(n) for n in (heads, c.k.shape[1], queries, keys))
     numbers = (np.float32(c.scale), np.float32(c.softcap or 0))
     patterns = 1 if c.seen is None else c.seen.low.shape[0]
     causal = c.causal and c.seen is None  # a pattern holds causality already
     numbers = (*numbers, np.int32(causal), np.int32(c.shift), np.int32(patterns))
-    return (*sizes, *numbers, *map(np.int64, steps))
+    return (*sizes, *numbers, *steps(c))
 
 
-def _check_width(width, depth):
+def steps(c):
+    """Strides of mask and bias along N, H, T, S."""
+    both = softmax.strides(c.mask, c.masked)[:4] + softmax.strides(c.bias, c.biased)[:4]
+    return tuple(map(np.int64, both))
+
+
+def check_width(width, depth):
     if max(width, depth) > WIDEST:
         raise ShapeError(f"D = {width}, E = {depth}, expected at most {WIDEST} on the GPU")
 
