@@ -35,9 +35,9 @@ here they stand in one picture and in one table.
 # So the weight :math:`w_{ts}` is defined for every member as *what the output takes from value s*.
 # It can be read off without knowing the member: let the values be unit vectors, then the output is
 # the row of weights. Two members need another reading. ``variational`` gives log-probabilities of
-# classes; its weights are the posterior, what the output takes from the *log-likelihood* of a value.
-# ``gaussian_adaptive`` has no queries; its row of scores is a row of amplitudes, and the weights are
-# those that multiply them.
+# classes; its weights are the posterior, what the output takes from the *log-likelihood* of a
+# value. ``gaussian_adaptive`` has no queries; its row of scores is a row of amplitudes, and the
+# weights are those that multiply them.
 
 import math
 import textwrap

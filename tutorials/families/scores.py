@@ -389,9 +389,9 @@ for key, entry in record.items():
 # and skim), differences, or the place itself. A score that knows differences only can be trained
 # on one stretch of text and used on any other. Two members ought to fail: ``entropy_abf``, whose
 # factor grows with the place of the query, and ``relative_convolutional``, whose convolution looks
-# through the mask at the token before. (The sets and thresholds below are those of the first run, on
-# the same seeds. After it the two networks were set by hand, for the picture's sake, and a count in
-# the wording of the claim was taken out.)
+# through the mask at the token before. (The sets and thresholds below are those of the first run,
+# on the same seeds. After it the two networks and some other parameters were chosen anew, for the
+# picture's sake, and a wrong count in the wording of the claim was taken out.)
 
 tutorial.claim(
     "Members that score words alone, or a page that is told to them, do not know the order of the "
