@@ -179,7 +179,7 @@ def outlier_rescaling_forward(x, g, lam=None, w_down=None, w_up=None, *, eps=1e-
     lam : ndarray, shape (C,), optional
         PreAffine's lambda, 1 at the start of training.
     w_down : ndarray, shape (C, R), optional
-        GatedNorm's first matrix; R is the rank, 16 in the code read.
+        GatedNorm's first matrix; R is the rank, 16 or 128 in the code read.
     w_up : ndarray, shape (R, C), optional
         GatedNorm's second matrix, given with the first; zero makes the gate one half.
     eps : float, >= 0, squared units of x
@@ -205,10 +205,10 @@ def outlier_rescaling_forward(x, g, lam=None, w_down=None, w_up=None, *, eps=1e-
     -----
     The gate reads y, after the norm and its gain, as the summaries of section 3.4 and both
     re-implementations have it. One of them starts with W_up = 0, so that the module begins as half
-    of RMSNorm; the other draws both matrices. The paper's rank was not found: 16 is theirs.
-    PreAffine and GatedNorm together are not in the paper; here they combine freely. With eps = 0
-    a token of zeros divides by zero. Squares of numbers above 1.8e19 overflow in float32, and the
-    token becomes zero, as in the usual code.
+    of RMSNorm; the other draws both matrices. The paper's rank was not found: 16 and 128 are
+    theirs. PreAffine and GatedNorm together are not in the paper; here they combine freely. With
+    eps = 0 a token of zeros divides by zero. Squares of numbers above 1.8e19 overflow in float32,
+    and the token becomes zero, as in the usual code.
 
     Source
     ------
