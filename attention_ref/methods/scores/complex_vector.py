@@ -119,7 +119,7 @@ def polar_forward(x, y):
 
 
 def polar_backward(dr, turn, x, y, r):
-    """dx = (dr x - turn y) / r, dy = (dr y + turn x) / r, both 0 at 0.
+    """dx = (dr x - turn y) / r, dy = (dr y + turn x) / r; at 0 the limit along theta = 0.
 
     Parameters
     ----------
@@ -132,8 +132,9 @@ def polar_backward(dr, turn, x, y, r):
     -------
     dx, dy : ndarray
     """
-    safe = np.where(r == 0, 1.0, r)
-    return (dr * x - turn * y) / safe, (dr * y + turn * x) / safe
+    zero = r == 0
+    cos, sin = (np.where(zero, at, a / np.where(zero, 1.0, r)) for at, a in ((1.0, x), (0.0, y)))
+    return dr * cos - turn * sin, dr * sin + turn * cos
 
 
 def steps_forward(q, k, base, align):
@@ -243,8 +244,9 @@ def complex_vector_forward(
     keys with stretched angles, a product again, but one that jumps where q or k alone crosses the
     negative real axis.
 
-    The gradient at a pair of channels that is exactly 0 is taken as 0 in q and k; for alpha != 1
-    there is none.
+    Where a pair of channels is exactly 0 in q or k, its gradient is the limit along theta = 0. For
+    alpha = 1 and -1 every direction has this limit, so it is the gradient, and for alpha = 1 that
+    of rotary attention: a query can leave 0. For other alpha there is no gradient at 0.
 
     Source
     ------
@@ -278,7 +280,8 @@ def complex_vector_forward(
     steps = steps_forward(q, k, base, align)
     alpha, beta, gamma = (a[..., None, None, :] for a in adapted.values())
     phi = alpha * theta + beta + gamma * steps  # (2)
-    z = np.sum(r * np.cos(phi), axis=-1) * scale  # (3)
+    z = np.where(r == 0, x * np.cos(phi) - alpha * y * np.sin(phi), r * np.cos(phi))
+    z = np.sum(z, axis=-1) * scale  # (3); where r is 0 only the derivative differs
     z = capped = core.softcap_forward(z, softcap)
     if bias is not None:
         clean, poison = core.quarantine_bias(bias, live, poison)

@@ -20,7 +20,7 @@ ROTARY = attention_ref.get("scores/rotary")
 DOT = attention_ref.get("scores/dot_product")
 EQUIVALENT = {
     "polar_forward: 1.0  ->  2.0": "stands in for a modulus that becomes 0",
-    "polar_backward: 1.0  ->  2.0": "divides 0",
+    "polar_backward: 1.0  ->  2.0": "divides a number that is not used",
 }
 
 
@@ -252,16 +252,34 @@ def test_opposite_directions_jump_unless_alpha_is_one():
         np.testing.assert_allclose(cache.capped, want, rtol=1e-8)
 
 
-def test_a_pair_of_zeros_scores_nothing_and_passes_no_gradient():
+def test_a_pair_of_zeros_scores_nothing():
     kwargs = cases(SPEC)["plain"]
-    q = kwargs["q"].copy()
-    q[0, 1, [0, 2]] = 0.0
-    out, cache = complex_vector_forward(**(kwargs | {"q": q}))
+    q, k = kwargs["q"].copy(), kwargs["k"].copy()
+    q[0, 1, [0, 2]] = k[1, 2, [1, 3]] = 0.0
+    kwargs |= {"q": q, "k": k}
+    out, cache = complex_vector_forward(**kwargs)
     assert np.all(np.isfinite(out)) and not np.any(cache.parts[2][0, 1, :, 0])
     assert not np.any(cache.theta[0, 1, :, 0])
-    g = complex_vector_backward(np.ones_like(out), cache)
-    assert not np.any(g["q"][0, 1, [0, 2]]) and np.all(np.isfinite(g["k"]))
-    assert np.all(g["q"][0, 1, [1, 3]] != 0)
+    dout = np.random.default_rng(8).standard_normal(out.shape)
+    g = complex_vector_backward(dout, cache)
+    names = ("q", "k", "v", "alpha", "beta", "gamma")
+    given = {n: kwargs[n] for n in names}
+    rest = {n: a for n, a in kwargs.items() if n not in names}
+    _, pull = engine.vjp(lambda **a: complex_vector_forward(**a, **rest)[0], given)
+    for name, tape in pull(dout).items():
+        np.testing.assert_allclose(g[name], tape, rtol=0, atol=1e-13)
+
+
+def test_a_pair_of_zeros_has_the_gradient_of_rotary_where_there_is_one():
+    """alpha = 1: a query that begins at zero can leave it."""
+    rng, one = np.random.default_rng(9), np.ones(2)
+    q, k, v, dout = (rng.standard_normal((5, 4)) for _ in range(4))
+    q[2], k[1, [0, 2]] = 0.0, 0.0
+    mine = complex_vector_backward(dout, complex_vector_forward(q, k, v, one, 0 * one, one)[1])
+    theirs = ROTARY.backward(dout, ROTARY.forward(q, k, v)[1])
+    for name in "qkv":
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=0, atol=1e-14)
+    assert np.all(mine["q"][2] != 0)
 
 
 def test_parameters_of_each_head_on_shared_contents():
