@@ -277,11 +277,11 @@ def adaptive_sparse_monotonic_forward(
 
     Notes
     -----
-    Reconstructed are: that the two parts are used in this form and at these places, the range
-    (1, 2) of alpha, the starts, and :func:`head_drop` for the paper's pruning of monotonic heads. The recurrence replaces the usual quotient of cumulative
-    products and sums, whose denominators underflow. A monotonic row depends on the rows before
-    it, so a NaN that one of them sees makes NaN of all later ones. Other rows of the family:
-    normalizers/entmax has any alpha from 1 on.
+    Reconstructed are: that the two parts are used in this form and at these places, the range (1,
+    2) of alpha, the starts, and :func:`head_drop` for the paper's pruning of monotonic heads. The
+    recurrence replaces the usual quotient of cumulative products and sums, whose denominators
+    underflow. A monotonic row depends on the rows before it, so a NaN that one of them sees makes
+    NaN of all later ones. Other rows of the family: normalizers/entmax has any alpha from 1 on.
 
     Source
     ------
