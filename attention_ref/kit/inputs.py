@@ -121,7 +121,7 @@ def _separating(spec):
     made = {"square": square | {"scale": 0.7},
             "square-causal": square | {"scale": 0.7, "causal": True}}  # fmt: skip
     huge = {n: a.copy() for n, a in square.items()} | {"scale": 0.7}
-    huge["q"][..., 0], huge["k"][..., 0] = 10.0, 150.0  # all scores near 1050
+    huge["q"][..., 0], huge["k"][..., 0] = 1000.0, 1.5  # all scores near 1050
     made["huge"] = huge
     live = np.ones((5, 5), bool)
     live[2] = False

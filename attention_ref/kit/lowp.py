@@ -60,7 +60,7 @@ def from_bits(bits):
 
 
 class Rounded(np.ndarray):
-    """A float array whose every operation is rounded to ``grid``, or disturbed by one rounding."""
+    """A float array whose every operation is rounded to ``grid``, or disturbed a little."""
 
     grid = "float16"
     noise = None
@@ -73,12 +73,17 @@ class Rounded(np.ndarray):
         if out is not None:
             kwargs["out"] = tuple(_plain(x) for x in out)
         result = getattr(ufunc, method)(*(_plain(x) for x in inputs), **kwargs)
-        return _wrap(result, self.grid, self.noise, ufunc.__name__ not in EXACT)
+        terms = inputs[0].shape[-1] if ufunc.__name__ == "matmul" else 1
+        return _wrap(result, self.grid, self.noise, ufunc.__name__ not in EXACT and terms)
 
     def __array_function__(self, function, types, args, kwargs):
         result = function(*_deep(args), **_deep(kwargs))
         return _wrap(result, self.grid, self.noise, function.__name__ in SUMS)
 
+
+ROUNDINGS = 4.0
+"""Disturbance of a step: a backward that makes the weights again from the log-sum-exp rounds the
+score, the log-sum-exp and their difference where a softmax rounds the difference alone."""
 
 EXACT = {"maximum", "minimum", "fmax", "fmin", "negative", "positive", "absolute", "sign",
          "floor", "ceil", "rint", "trunc", "copysign"}  # fmt: skip
@@ -105,7 +110,8 @@ def _wrap(x, grid, noise, disturb=False):
         return x
     a = round_to(np.asarray(x), grid)
     if noise is not None and disturb:
-        off = noise.uniform(-1.0, 1.0, a.shape) * EPS[grid]
+        most = max(ROUNDINGS, disturb**0.5)  # a long sum rounds once a term, up and down
+        off = noise.uniform(-most, most, a.shape) * EPS[grid]
         a = round_to(np.where(np.isfinite(a), a * (1.0 + off), a), grid)
     a = a.view(Rounded)
     a.grid, a.noise = grid, noise
@@ -126,7 +132,7 @@ def plain(spec, kwargs, dout, dtype, noise=None):
     dtype : {"float64", "float32", "float16", "bfloat16"}
         Of every step.
     noise : numpy.random.Generator, optional
-        Disturb the result of every step by up to one rounding: what another order of the same
+        Disturb the result of every step by up to four roundings: what another order of the same
         steps may do.
 
     Returns

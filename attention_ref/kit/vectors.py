@@ -128,7 +128,7 @@ class Case:
     def plain(self):
         """Outputs and gradients of the plain implementation in the dtype: (outs, gradients).
 
-        Name -> list of arrays: as it is, and with every step disturbed by one rounding.
+        Name -> list of arrays: as it is, and with every step disturbed.
         """
         seed = checks.seed_of(f"{self.key}-{self.name}", 4)
         dout = self._dout if self.gradients else None
