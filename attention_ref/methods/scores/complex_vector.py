@@ -322,14 +322,8 @@ def complex_vector_backward(dout, cache):
     dz = dbias = core.softmax_backward(dp, p, live)  # (4')
     dz = core.softcap_backward(dz, capped, softcap)[..., None] * scale  # (3')
     dr, dphi = dz * np.cos(phi), -dz * r * np.sin(phi)
-    found = {
-        n: np.sum(d, axis=(-3, -2))
-        for n, d in (
-            ("alpha", dphi * theta),
-            ("beta", dphi),
-            ("gamma", dphi * steps),
-        )
-    }  # fmt: skip  (2')
+    found = {"alpha": dphi * theta, "beta": dphi, "gamma": dphi * steps}  # (2')
+    found = {name: np.sum(d, axis=(-3, -2)) for name, d in found.items()}
     turn = -alpha * dz * np.sin(phi)
     dq, dk = product_backward(*polar_backward(dr, turn, x, y, r), q, k)  # (1')
 
