@@ -141,7 +141,9 @@ extern "C" __global__ void dense_forward(
         float z[4][4] = {};
         multiply_rows(m, z, q + row0 * HEAD_D, rows, k + (key_head * keys + s0) * HEAD_D, columns,
                       HEAD_D, scale);
+        #pragma unroll  // z has to stay in registers
         for (int i = 0; i < 4; i++)
+            #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float slope;
                 int x = tx + SIDE * j;
@@ -219,7 +221,9 @@ extern "C" __global__ void dense_backward_queries(
         multiply_rows(m, z, q + row0 * HEAD_D, rows, k + column0 * HEAD_D, columns, HEAD_D, scale);
         multiply_rows(m, dp, dout + row0 * HEAD_E, rows, v + column0 * HEAD_E, columns, HEAD_E,
                       1.0f);
+        #pragma unroll  // z has to stay in registers
         for (int i = 0; i < 4; i++)
+            #pragma unroll
             for (int j = 0; j < 4; j++) {
                 int r = ty * 4 + i, x = tx + SIDE * j;
                 float slope = 1.0f, dz = 0.0f;
@@ -272,7 +276,9 @@ extern "C" __global__ void dense_backward_keys(
                           scale);
             multiply_rows(m, dz, v + column0 * HEAD_E, rows, dout + row0 * HEAD_E, columns, HEAD_E,
                           1.0f);
+            #pragma unroll
             for (int i = 0; i < 4; i++)
+                #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     int r = ty * 4 + i, x = tx + SIDE * j;
                     float slope = 1.0f, p = 0.0f;
