@@ -398,9 +398,13 @@ class _Asked:
         lines = []
         for (name, want), got in zip(list(flat.items())[1:], outs[1:], strict=False):
             if got.shape == want.shape and want.dtype.kind == "f":
-                lines.append(judge(case, dtype, name, got, want, plain[name], inside,
-                                    FORWARD_RATIO, None, repeat))  # fmt: skip
-        right = getattr(cache, "lse", None)
+                line = judge(case, dtype, name, got, want, plain[name], inside, FORWARD_RATIO,
+                             None, repeat)  # fmt: skip
+                if line.verdict == "WRONG":
+                    says = diagnose.other(name, got.astype(float), np.asarray(want, float))
+                    line = line._replace(says=says)
+                lines.append(line)
+        right = log_sum_exp(cache, outs[0])
         if lines or right is None or len(outs) < 2 or outs[1].shape != right.shape:
             return lines
         full, got = np.isfinite(right), outs[1]
@@ -408,8 +412,9 @@ class _Asked:
             {n: lowp.round_to(a, inside) if is_float(a) else a for n, a in exact.items()}
             | self.rule
         )
-        line = judge(case, dtype, "lse", got[full], right[full], [rough.lse[full]], inside,
-                      FORWARD_RATIO, None, repeat)  # fmt: skip
+        rough = [log_sum_exp(rough, outs[0])[full]]
+        line = judge(case, dtype, "lse", got[full], right[full], rough, inside, FORWARD_RATIO,
+                     None, repeat)  # fmt: skip
         if line.verdict == "WRONG":
             says = diagnose.lse(got.astype(float), right.astype(float), exact | self.rule,
                                 self.spec)  # fmt: skip
@@ -551,7 +556,7 @@ class _Asked:
             right = self.spec.backward_function(tree.like(out, {main: dout}), cache)
             got, want = (answer.gradients or {}).get(line.what[1:]), right[line.what[1:]]
         elif line.what == "lse":
-            got, want = answer.outs[1], cache.lse
+            got, want = answer.outs[1], log_sum_exp(cache, flat[main])
         else:
             names = list(flat)
             i = names.index(line.what) if line.what in names else 0
@@ -582,6 +587,13 @@ def _summary(lines):
 
 def _sizes_text(sizes):
     return ",".join(f"{n}={sizes[n]}" for n in "BHGTSDE" if n in sizes)
+
+
+def log_sum_exp(cache, out):
+    """The log-sum-exp of a cache in the shape (..., H, T) of the output, or None without one."""
+    lse = getattr(cache, "lse", None)
+    fits = lse is not None and lse.size == out[..., 0].size
+    return lse.reshape(out.shape[:-1]) if fits else None
 
 
 def truth(spec, exact, dtype="float64"):

@@ -205,6 +205,15 @@ def _moved(want, kwargs):
         )
 
 
+def other(name, got, want):
+    """What can be said of a further output."""
+    factor = ratio(got, want)
+    if factor is not None:
+        return f"{name} is {factor:.6g} times the right one"
+    place, ours, right = worst(got, want)
+    return f"{name} is wrong; worst at {place}: {ours:.6g}, expected {right:.6g}"
+
+
 def lse(found, right, kwargs, spec):
     """The name of the mistake in a returned log-sum-exp."""
     if spec.key in SEPARATED:

@@ -14,7 +14,7 @@ import pytest
 import attention_ref
 from attention_ref import cli, kit
 from attention_ref.core.errors import ParameterError
-from attention_ref.kit import golden, inputs, properties
+from attention_ref.kit import golden, inputs, properties, zoo
 from attention_ref.kit.adapters import framework_of, signature_of
 
 
@@ -233,6 +233,27 @@ def test_a_policy_step_by_step():
     other = kit.check(lambda length, sinks, window: select(
         length, sinks=sinks, window=window)[..., ::-1], key)  # fmt: skip
     assert other.ok and "the same tokens in another order" in {x.says for x in other}
+
+
+def test_a_second_output_is_compared_too():
+    def delta(q, k, v, beta, g=None, initial_state=None, scale=None, turned=False):
+        out, state = zoo.delta(q, k, v, beta, g, initial_state, scale=scale)
+        return out, state * (1.001 if turned else 1.0)
+
+    key = "recurrent/delta_rule"
+    report = kit.check(delta, key, dtypes=("float64",))
+    assert report.ok and {x.what for x in report if x.case != "-"} == {"out", "state"}
+    report = kit.check(functools.partial(delta, turned=True), key, dtypes=("float64",))
+    assert {x.what for x in report.wrong} == {"state"}
+    assert report.named == ["state is 1.001 times the right one"]
+
+
+def test_a_log_sum_exp_of_grouped_heads():
+    key = "heads/multi_query"
+    assert any(x.what == "lse" for x in kit.check(zoo.logsumexp, key, dtypes=("float64",)))
+    wrong = functools.partial(zoo.logsumexp, bug="log-sum-exp in base 2")
+    report = kit.check(wrong, key, dtypes=("float64",))
+    assert report.named == [zoo.LSE["log-sum-exp in base 2"]], report.named
 
 
 # ------------------------------------------------------------------------------ who sees whom
