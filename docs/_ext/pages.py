@@ -19,9 +19,9 @@ STAGED = DOCS / "_build" / "staged"
 METHODS = DOCS / "methods"
 
 ORDER = (
-    "families", "scores", "normalizers", "heads", "patterns", "routing", "linear", "recurrent",
+    "scores", "normalizers", "heads", "patterns", "routing", "linear", "recurrent",
     "mixers", "cross", "vision", "structured", "regularizers", "steering", "cache", "distributed",
-    "explain", "theory", "training", "tasks", "surveys", "engine",
+    "explain", "theory", "training", "tasks", "surveys", "families", "engine",
 )  # fmt: skip
 """The families in the order in which a reader meets the parts of attention."""
 
@@ -190,12 +190,13 @@ def graph(edges):
             f'<text x="{start + 0.22 * (end - start):.0f}" y="{y0 + 0.13 * (y1 - y0) - 4:.1f}" '
             f'fill="#444">{text}</text>'
         )
-    boxes = []
+    boxes, family = [], edges[0][0].split("/")[0] + "/"
     for name, (x, y) in place.items():
         boxes.append(
             f'<rect x="{x}" y="{y - high / 2:.1f}" width="{wide}" height="{high}" rx="6" '
             f'fill="#f2f6fa" stroke="#0072b2"/>'
-            f'<text x="{x + wide / 2}" y="{y + 4:.1f}" text-anchor="middle">{escape(name)}</text>'
+            f'<text x="{x + wide / 2}" y="{y + 4:.1f}" text-anchor="middle">'
+            f"{escape(name.removeprefix(family))}</text>"
         )
     width, height = max(columns) * (wide + 150) + wide + 60, tallest * step + 20
     return (
