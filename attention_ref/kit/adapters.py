@@ -504,7 +504,10 @@ def _arrays(result):
         rest = [x for x in result.values() if x is not head]
     if head is None or not (hasattr(head, "shape") or isinstance(head, list) or np.isscalar(head)):
         raise BadReturn(f"it returned {type(head).__name__}, expected an array")
-    return [to_numpy(head)] + [to_numpy(x) for x in rest if hasattr(x, "shape")]
+    found = [to_numpy(head)] + [to_numpy(x) for x in rest if hasattr(x, "shape")]
+    if found[0].dtype.kind not in "fiub":
+        raise BadReturn(f"it returned {found[0].dtype}, expected real numbers")
+    return [a for a in found if a.dtype.kind in "fiub"]
 
 
 def to_numpy(x):

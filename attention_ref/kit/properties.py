@@ -4,6 +4,7 @@ Who sees whom is measured, not read: the values of one key are changed, and the 
 moves are those that see it. The same is done to the reference.
 """
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -65,9 +66,13 @@ def measured(spec, foreign, cases, rule, dtype, inside=None):
 
 def _guarded(name, test, *args):
     try:
-        return Property(name, *test(*args))
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Property(name, *test(*args))
     except Refusal as failure:
         return Property(name, failure.verdict, str(failure))
+    except (IndexError, TypeError, ValueError):  # the output has other axes than it should
+        return Property(name, "WRONG", "not measured: the output has not the axes of one")
 
 
 SKIPPED = ("skipped", "no case for it that the function takes")

@@ -101,6 +101,13 @@ def test_one_head_or_one_sequence_at_a_time():
     ("fn", "verdict", "said"),
     [
         (lambda q, k, v: None, "WRONG", "it returned NoneType, expected an array"),
+        (lambda q, k, v: "text", "WRONG", "expected real numbers"),
+        (lambda q, k, v: 1j * attend(q, k, v), "WRONG", "it returned complex128"),
+        (lambda q, k, v: np.float64(1.0), "WRONG", "output has shape ()"),
+        (lambda q, k, v: np.array([None]), "WRONG", "it returned object"),
+        (lambda q, k, v: (x for x in q), "WRONG", "it returned generator"),
+        (lambda q, k, v: 0 * attend(q, k, v), "WRONG", "output is zero throughout"),
+        (lambda q, k, v: (softmax(q), attend(q, k, v)), "WRONG", "item 1 of what it returns"),
         (lambda q, k, v: [][1], "WRONG", "it raised IndexError"),
         (lambda q, k, v: attend(q, k, v)[0], "WRONG", "the batch axis of length 1 is gone"),
         (lambda q, k, v: attend(q, k, v)[..., :2], "WRONG", "output has shape"),
@@ -112,12 +119,14 @@ def test_one_head_or_one_sequence_at_a_time():
         (lambda q, k, v: attend(q, k, v)[..., ::-1, :], "WRONG", "queries in reverse order"),
         (lambda q, k, v: attend(q, k, v)[:, ::-1], "WRONG", "heads in reverse order"),
     ],
-    ids=["none", "crash", "batch", "shape", "axes", "epsilon", "noise", "nan", "factor", "queries",
+    ids=["none", "text", "complex", "number", "object", "generator", "zero", "second", "crash",
+         "batch", "shape", "axes", "epsilon", "noise", "nan", "factor", "queries",
          "heads"],
 )
 def test_wrong_in_its_own_way(fn, verdict, said):
     report = kit.check(fn, dtypes=("float64",), cases=["square"])
     assert report[0].verdict == verdict and said in report.named[0], report
+    assert not kit.check(fn, dtypes=("float64",)).ok  # nothing that comes back stops the check
 
 
 def test_a_refusal_is_not_a_mistake():
