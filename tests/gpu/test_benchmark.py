@@ -26,6 +26,7 @@ from tests.kernels import formulas, halves
 
 pytestmark = pytest.mark.gpu
 TURNS, SHOWN = 7, 64  # SHOWN queries at the end are compared with float64
+BOUND = 1e-2  # of the largest number: no parity test, only that the right thing was timed
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def seconds(cupy, call):
     return time.perf_counter() - start
 
 
-def compare(cupy, capsys, name, ours, others, truth, bound):
-    """Print a row for each of the others; fail when our error is above the bound."""
+def compare(cupy, capsys, name, ours, others, truth):
+    """Print a row for each of the others; our error, relative to the largest truth."""
     calls = {"ours": ours, **others}
     errors = {}
     for who, call in calls.items():  # also the first call, which compiles
@@ -81,7 +82,7 @@ def compare(cupy, capsys, name, ours, others, truth, bound):
                 "ratio": times[who] / times["ours"], "error_vs_float64": errors["ours"],
                 "other_error": errors[who],
             }))  # fmt: skip
-    assert errors["ours"] < bound
+    return errors["ours"]
 
 
 def draw(cupy, heads, groups, queries, keys, width, storage):
@@ -133,7 +134,8 @@ def test_dense(storage, backward, cupy, capsys):
     if tensors is not None:
         others["torch sdpa"] = sdpa
     name = f"dense causal {storage}" + (" forward+backward" if backward else "")
-    compare(cupy, capsys, name, ours, others, truth_of(x, last_rows(4096)), 1e-2)
+    truth = truth_of(x, last_rows(4096))
+    assert compare(cupy, capsys, name, ours, others, truth) < BOUND
 
 
 def test_window(cupy, capsys):
@@ -150,7 +152,7 @@ def test_window(cupy, capsys):
         others["torch flex, compiled"] = lambda: compiled(*tensors, block_mask=mask)
     ours = lambda: window.forward(q, k, v, left=255, right=0)[0]
     truth = truth_of(x, last_rows(16384, 256))
-    compare(cupy, capsys, "window 256 float16", ours, others, truth, 1e-2)
+    assert compare(cupy, capsys, "window 256 float16", ours, others, truth) < BOUND
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16"])
@@ -163,8 +165,8 @@ def test_decode(storage, cupy, capsys):
     if tensors is not None:
         call = optional("torch").nn.functional.scaled_dot_product_attention
         others["torch sdpa"] = lambda: call(*tensors, enable_gqa=True)
-    compare(cupy, capsys, f"decode {storage}", lambda: decode.forward(q, k, v)[0], others,
-            truth_of(x), 1e-2)  # fmt: skip
+    ours = lambda: decode.forward(q, k, v)[0]
+    assert compare(cupy, capsys, f"decode {storage}", ours, others, truth_of(x)) < BOUND
 
 
 def test_linear(cupy, capsys):
@@ -185,5 +187,5 @@ def test_linear(cupy, capsys):
     wide = [y.astype(np.float64) for y in x[:3]]
     z = np.einsum("...td,...sd->...ts", wide[0][..., -SHOWN:, :], wide[1])
     truth = np.where(last_rows(4096), z, 0.0) @ wide[2]
-    compare(cupy, capsys, "linear", lambda: spec.forms["chunked"](q, k, v, **options)[0], others,
-            truth, 1e-2)  # fmt: skip
+    ours = lambda: spec.forms["chunked"](q, k, v, **options)[0]
+    assert compare(cupy, capsys, "linear", ours, others, truth) < BOUND

@@ -14,7 +14,7 @@ from tests.kernels.test_cuda_dense import draw, needs_compiler
 from tests.kernels.test_cuda_dense import kernel as dense_kernel
 
 BOUND = 64
-CUT = ("-DTHREADS=16", "-DKEYS=8", "-DROWS=4")
+CUT = ("-DDEPTH=4", "-DTHREADS=16", "-DKEYS=8", "-DROWS=4")
 
 
 def kernel(shipped=False):

@@ -183,14 +183,16 @@ def test_nothing_leaks_through_a_mask():
     assert all(np.isfinite(g).all() for g in gradients.values())
 
 
-SMALL = ("-O1", "-DSHIM_MAIN", "-DSIDE=4", "-DHEAD_D=5", "-DHEAD_E=7")
+SMALL = ("-O1", "-DSHIM_MAIN", "-DDEPTH=4", "-DHEAD_D=5", "-DHEAD_E=7")
+SIDES = {"thread": "-DSIDE=8", "address": "-DSIDE=4"}  # two threads a row of the softmax, or one
 
 
 @needs_compiler
 @pytest.mark.parametrize("sanitizer, storage", [("thread", "float16"), ("address", "float32")])
 def test_no_race_and_no_step_outside(sanitizer, storage, tmp_path):
     more = ("-DONLY_FLOAT32",) if storage == "float32" else (f"-DSTORE={storage}",)
-    program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, *more, f"-fsanitize={sanitizer}")
+    program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, *more, SIDES[sanitizer],
+                           f"-fsanitize={sanitizer}")  # fmt: skip
     run = on_cpu.run(program)
     assert run.returncode == 0 and run.stdout == "finished 1\n", run.stderr[-2000:]
 
@@ -198,7 +200,7 @@ def test_no_race_and_no_step_outside(sanitizer, storage, tmp_path):
 @needs_compiler
 def test_a_missing_barrier_is_reported(tmp_path):
     program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, "-DONLY_FLOAT32",
-                           "-DSHIM_NO_SYNC", "-fsanitize=thread")  # fmt: skip
+                           SIDES["address"], "-DSHIM_NO_SYNC", "-fsanitize=thread")  # fmt: skip
     run = on_cpu.run(program)
     assert run.returncode != 0 and "data race" in run.stderr
 
@@ -207,7 +209,7 @@ def test_a_missing_barrier_is_reported(tmp_path):
 def test_a_block_too_many_is_reported(tmp_path):
     text = (on_cpu.SHIM / "dense.cpp").read_text().replace("(keys + TILE - 1) / TILE", "keys")
     program = on_cpu.build(tmp_path / "dense", "dense", *SMALL, "-DONLY_FLOAT32",
-                           "-fsanitize=address", text=text)  # fmt: skip
+                           SIDES["address"], "-fsanitize=address", text=text)  # fmt: skip
     run = on_cpu.run(program)
     assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr
 
@@ -330,3 +332,6 @@ def test_refuses_what_it_cannot_take():
         softmax.forward(kernel(4), *np.zeros((3, 1, 2, 2)), *rest)
     with pytest.raises(ShapeError, match="at most 256"):
         softmax.forward(kernel(4), *np.zeros((3, 1, 2, 300), np.float32), *rest)
+    with pytest.raises(ShapeError, match="E = 0, expected at least 1"):
+        q, k, v = np.zeros((3, 1, 2, 3), np.float32)
+        softmax.forward(kernel(4), q, k, v[..., :0], *rest)

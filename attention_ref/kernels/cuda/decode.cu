@@ -39,8 +39,10 @@
 #ifndef THREADS
 #define THREADS 128
 #endif
-
+#ifndef DEPTH
 #define DEPTH 32
+#endif
+
 #define GROUPS (THREADS / KEYS)
 #define OWN ((ROWS + GROUPS - 1) / GROUPS)
 #define PER_ROW (THREADS / ROWS < 8 ? THREADS / ROWS : 8)
@@ -174,7 +176,7 @@ extern "C" __global__ void decode_portion(
                 for (int r = 0; r < ROWS; r++) acc[r][c] += m.p[r][j] * x;
             }
         }
-        __syncthreads();
+        // no barrier: the first one of the next tile comes before p, odd and alpha are written again
     }
 
     for (int turn = 0; turn < PARTS; turn++) {

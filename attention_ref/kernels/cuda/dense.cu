@@ -40,9 +40,11 @@
 #ifndef SIDE
 #define SIDE 16
 #endif
+#ifndef DEPTH
+#define DEPTH 16
+#endif
 
 #define TILE (4 * SIDE)
-#define DEPTH 16
 #define THREADS (SIDE * SIDE)
 #define ROW_THREADS (THREADS / TILE)
 #define COLUMNS_D ((HEAD_D + SIDE - 1) / SIDE)
@@ -86,6 +88,7 @@ __device__ inline void multiply_rows(Shared& m, float acc[4][4], const Number* l
 }
 
 // acc[i][j] += sum_r p[row i][r] right[r][tx + SIDE j]: the tile times rows of v, k, q or dout.
+// Its first barrier comes before p is read, so whoever writes p needs none.
 template <int COLUMNS>
 __device__ inline void multiply_tile(Shared& m, float acc[4][COLUMNS], const Number* right,
                                      int rights, int width) {
@@ -235,7 +238,6 @@ extern "C" __global__ void dense_backward_queries(
                 }
                 m.p[r][x] = dz * slope;
             }
-        __syncthreads();
         multiply_tile<COLUMNS_D>(m, acc, k + column0 * HEAD_D, columns, HEAD_D);
     }
     for (int i = 0; i < 4; i++)
@@ -290,11 +292,9 @@ extern "C" __global__ void dense_backward_keys(
                     }
                     m.p[r][x] = p;
                 }
-            __syncthreads();
             multiply_tile<COLUMNS_E>(m, acc_v, dout + row0 * HEAD_E, columns, HEAD_E);
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) m.p[ty * 4 + i][tx + SIDE * j] = dz[i][j];
-            __syncthreads();
             multiply_tile<COLUMNS_D>(m, acc_k, q + row0 * HEAD_D, columns, HEAD_D);
         }
     }

@@ -104,11 +104,15 @@ def steps(c):
 
 
 def check_width(width, depth):
-    if max(width, depth) > WIDEST:
-        raise ShapeError(f"D = {width}, E = {depth}, expected at most {WIDEST} on the GPU")
+    """Refuse widths for which the text cannot be compiled."""
+    if min(width, depth) < 1 or max(width, depth) > WIDEST:
+        raise ShapeError(
+            f"D = {width}, E = {depth}, expected at least 1 and at most {WIDEST} on the GPU"
+        )
 
 
 def check_arrays(cupy, **arrays):
+    """Refuse what does not lie on the GPU."""
     for name, x in arrays.items():
         if x is not None and not isinstance(x, cupy.ndarray):
             raise DTypeError(

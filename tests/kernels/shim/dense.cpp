@@ -74,7 +74,7 @@ static std::vector<Number> stored(int count, int seed) {
 }
 
 int main() {
-    const int batch = 1, heads = 2, groups = 1, queries = 21, keys = 19;
+    const int batch = 1, heads = 2, groups = 1, queries = TILE + 5, keys = TILE + 3;
     // exactly as long as needed, on the heap: one step outside is seen
     auto q = stored(batch * heads * queries * HEAD_D, 1);
     auto k = stored(batch * groups * keys * HEAD_D, 2);
