@@ -152,8 +152,12 @@ def _wrong_outputs(spec, kwargs):
     if spec.key in SEPARATED:
         options = {n: a for n, a in kwargs.items() if n != "empty_row"}
         for size in (n for n in BLOCKS if n < kwargs["k"].shape[-2]):
-            says = f"matches an online softmax over blocks of {size} whose sums are not rescaled "
-            yield says + "when the maximum grows", zoo.blocks(**options, size=size)
+            for bug, says in zoo.BLOCKS.items():
+                says = says.replace("blocks of 2", f"blocks of {size}")
+                yield says, zoo.blocks(**options, size=size, bug=bug)
+                if kwargs.get("causal") or mask is not None:
+                    wrong = zoo.blocks(**options, size=size, bug=bug, hidden=-1e9)
+                    yield says + "; a finite number stands for -inf", wrong
     for bug, says in (zoo.DELTA if spec.key == "recurrent/delta_rule" else zoo.FORWARD).items():
         wrong = _outputs(spec, kwargs, bug)
         if wrong is not None:
@@ -185,7 +189,8 @@ def _two_changes(spec, kwargs):
         also = {n for n in two if two[n] is not kwargs.get(n)} | (set(kwargs) - set(two))
         if moved & also:
             continue
-        both = {n: two[n] if n in also else x for n, x in one.items() if n in two or n not in also}
+        both = {n: x for n, x in one.items() if n not in also}
+        both |= {n: two[n] for n in also if n in two}
         yield from _called(spec, f"{a}; and {b}", both)
 
 

@@ -62,6 +62,9 @@ BACKWARD = {
     "dz = p * (1 - p) * dp",
     "scale twice in dq and dk": "dq and dk carry the scale twice",
     "bias gradient scaled": "dbias carries the scale, which stands before the bias",
+    "row-sum over the queries": "dS subtracts the sum over the queries (wrong axis), expected over "
+    "the keys",
+    "row-sum without the weights": "dS subtracts the plain sum of dp, expected that of p * dp",
 }
 """Name -> what the report says, for mistakes that show in gradients only."""
 
@@ -91,6 +94,12 @@ DELTA = {
 BLOCKS = {
     "online softmax that is not rescaled": "matches an online softmax over blocks of 2 whose sums "
     "are not rescaled when the maximum grows",
+    "online softmax with an output that is not rescaled": "matches an online softmax over blocks "
+    "of 2 that rescales the sum of the weights but not the output when the maximum grows",
+    "online softmax with a sum that is not rescaled": "matches an online softmax over blocks of 2 "
+    "that rescales the output but not the sum of the weights when the maximum grows",
+    "online softmax with maxima of blocks": "matches an online softmax over blocks of 2 in which "
+    "every block keeps its own maximum",
 }
 """Name -> what the report says, for :func:`blocks`."""
 
@@ -169,6 +178,10 @@ def attend(q, k, v, *, mask=None, causal=False, align="lower_right", scale=None,
     def backward(dout):
         dp = dout @ np.swapaxes(vv, -1, -2)
         rows = 0.0 if bug == "row-sum term missing" else np.sum(p * dp, -1, keepdims=True)
+        if bug == "row-sum over the queries":
+            rows = np.sum(p * dp, -2, keepdims=True)
+        if bug == "row-sum without the weights":
+            rows = np.sum(dp, -1, keepdims=True)
         dz = p * (1 - p) * dp if bug == "diagonal of the Jacobian" else p * (dp - rows)
         raw = dz * slope * (c if bug == "scale twice in dq and dk" else 1.0)
         dq = raw @ kk * (1.0 if bug == "scale missing in dq" else c)
@@ -295,15 +308,19 @@ def logsumexp(q, k, v, *, bug=None, **options):
     return attend(q, k, v, **options)[0], lse
 
 
-def blocks(q, k, v, *, size, **options):
-    """Online softmax over blocks of keys that forgets to rescale what it has summed up.
+def blocks(q, k, v, *, size, bug=None, hidden=-np.inf, **options):
+    """Online softmax over blocks of keys, right or forgetting to rescale what it has summed up.
 
     Parameters
     ----------
     q, k, v, **options
         As in :func:`attend`.
     size : int
-        Keys a block; right from the number of keys on.
+        Keys a block.
+    bug : str, optional
+        A name of :data:`BLOCKS`.
+    hidden : float
+        The score of a hidden key; a finite one is a mistake of its own.
 
     Returns
     -------
@@ -311,13 +328,21 @@ def blocks(q, k, v, *, size, **options):
     """
     H, G = (q.shape[-3], k.shape[-3]) if q.ndim > 2 and k.ndim > 2 else (1, 1)
     vv, total, out = _spread(v, H, G, None), 0.0, 0.0
-    z = _scores(q, k, H, G, options)
+    z = np.maximum(_scores(q, k, H, G, options), hidden)
+    top = np.full_like(z[..., :1], -np.inf)
+    stale = {name: bug != f"online softmax with {name} that is not rescaled" for name in
+             ("a sum", "an output")}  # fmt: skip
     for s in range(0, z.shape[-1], size):
-        part = z[..., s : s + size]
+        part, old = z[..., s : s + size], top
+        best = np.max(part, -1, keepdims=True)
+        top = best if bug == "online softmax with maxima of blocks" else np.maximum(old, best)
         with np.errstate(all="ignore"):
-            top = np.max(part, -1, keepdims=True)
-            e = np.exp(part - np.where(np.isfinite(top), top, 0.0))
-        total, out = total + np.sum(e, -1, keepdims=True), out + e @ vv[..., s : s + size, :]
+            safe = np.where(np.isfinite(top), top, 0.0)
+            e, alpha = np.exp(part - safe), np.exp(old - safe)
+        if bug in ("online softmax that is not rescaled", "online softmax with maxima of blocks"):
+            alpha = 1.0
+        total = total * (alpha if stale["a sum"] else 1.0) + np.sum(e, -1, keepdims=True)
+        out = out * (alpha if stale["an output"] else 1.0) + e @ vv[..., s : s + size, :]
     return out / np.where(total == 0, 1.0, total)
 
 
@@ -459,7 +484,7 @@ def animal(bug):
     if bug in LSE:
         return lambda q, k, v, **options: logsumexp(q, k, v, bug=bug, **options), None
     if bug in BLOCKS:
-        return lambda q, k, v, **options: blocks(q, k, v, size=2, **options), None
+        return lambda q, k, v, **options: blocks(q, k, v, size=2, bug=bug, **options), None
     if bug in DELTA:
         return lambda *args, **options: delta(*args, bug=bug, **options), None
 
