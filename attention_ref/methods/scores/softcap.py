@@ -15,6 +15,7 @@ Source: Gemma Team 2024, *Gemma 2*, section 2; official code google/gemma_pytorc
 2016, pointer networks).
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -223,6 +224,97 @@ def softcap_backward(dout, cache):
     return {"q": dq, "k": dk, "v": dv, **gradients}
 
 
+def softcap_numba(q, k, v, cap=50.0, *, mask=None, bias=None, **options):
+    """The same call by the compiled dense pattern, which has one cap a call.
+
+    An array of caps is one call for each of its leading places.
+
+    Parameters
+    ----------
+    q, k, v, cap, mask, bias, **options
+        As in :func:`softcap_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, T, E)
+        Outputs.
+    cache : tuple
+        For :func:`softcap_numba_backward`.
+    """
+    from attention_ref.kernels.numba import decode, dense
+
+    n = core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))
+    lead = n["..."]
+    _check_cap(cap, lead)
+    given = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+    if isinstance(cap, (int, float, np.number)):
+        out, cache = decode.best(q, k)(**given, softcap=float(cap), **options)
+        return out, (cache, None, None)
+    core.check.check_mask(mask, (*lead, n["T"], n["S"]))
+    core.check.check_bias(bias, (*lead, n["T"], n["S"]))
+    given = {name: x for name, x in given.items() if x is not None}
+    shapes = {name: x.shape for name, x in given.items() if name != "mask"} | {"cap": cap.shape}
+    wide = {name: np.atleast_2d(x) for name, x in given.items()}
+    wide = {name: np.broadcast_to(x, (*lead, *x.shape[-2:])) for name, x in wide.items()}
+    caps, caches = np.broadcast_to(cap, lead), []
+    out = np.empty((*lead, n["T"], n["E"]), np.result_type(q, k, v))
+    for place in np.ndindex(*lead):
+        own = {name: x[place] for name, x in wide.items()}
+        out[place], cache = dense.forward(**own, softcap=math.fabs(caps[place]), **options)
+        caches.append(cache)
+    return out, (caches, caps, shapes)
+
+
+def softcap_numba_backward(dout, cache):
+    """Gradients of :func:`softcap_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`softcap_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    caches, caps, shapes = cache
+    if caps is None:
+        return dense.backward(dout, caches)
+    found = {name: [] for name in shapes}
+    for place, one in zip(np.ndindex(*caps.shape), caches, strict=True):
+        parts = dense.backward(dout[place], one)
+        parts["cap"] = _learn_numba(dout[place], one, caps[place])
+        for name, dx in parts.items():
+            found[name].append(dx)
+    wide = {name: np.reshape(dx, (*caps.shape, *dx[0].shape)) for name, dx in found.items()}
+    return {name: core.sum_to(dx, shapes[name]) for name, dx in wide.items()}
+
+
+def _learn_numba(dout, c, cap):
+    """dcap of one head from the dense cache, 128 queries at a time: no (T, S) array."""
+    (q,), (k,), (v,) = c.q[0], c.k[0], c.v[0]
+    good = np.isfinite(c.lse)[:, None]
+    dout, out = np.where(good, dout, 0.0), np.where(good, c.out, 0.0)
+    delta = np.sum(dout * out, axis=-1, keepdims=True)
+    mask, bias = (np.broadcast_to(x[0, 0], (len(q), len(k))) for x in (c.mask, c.bias))
+    t, s = np.arange(len(q))[:, None], np.arange(len(k))
+    total = np.zeros_like(q, shape=())
+    for first in range(0, len(q), 128):
+        rows = slice(first, first + 128)
+        z = core.scores_forward(q[rows], k, c.scale)
+        y, u = cap_forward(z, cap)
+        live = good[rows] & mask[rows]
+        live = live & (s <= t[rows] + c.shift) if c.causal else live
+        y = np.where(live, y + bias[rows] if c.biased else y, -np.inf)
+        p = np.exp(y - np.where(good, c.lse[:, None], 0.0)[rows])
+        dy = p * (dout[rows] @ v.T - delta[rows])
+        total = total + np.sum(cap_backward(dy, z, u, cap)[1])
+    return total
+
+
 def _caps(rng, kwargs):
     """Small caps that bite: arrays for two heads, a number, and the default of 50.
 
@@ -260,6 +352,7 @@ SPEC = core.Mechanism(
     key="scores/softcap",
     forward=softcap_forward,
     backward=softcap_backward,
+    numba=core.Backend(softcap_numba, softcap_numba_backward),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS) - {"shift_invariant"},
     reduces_to=(

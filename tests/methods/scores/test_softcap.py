@@ -240,3 +240,38 @@ def test_pytorch_agrees(case):
     np.testing.assert_allclose(out, theirs.detach().numpy(), rtol=0, atol=4e-15)
     for name, g in mine.items():
         np.testing.assert_allclose(g, given[name].grad.numpy(), rtol=0, atol=4e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cap", [1.4, np.array([0.9, -2.0])])
+def test_the_compiled_path_over_several_tiles(cap, causal):
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((2, n, 6)) for n in (150, 300, 300))
+    kwargs = {"q": q, "k": k, "v": v, "cap": cap, "causal": causal,
+              "mask": rng.random((150, 300)) < 0.8, "bias": rng.standard_normal(300)}  # fmt: skip
+    out, cache = attention_ref.run("scores/softcap", **kwargs)
+    fast, mine = attention_ref.run("scores/softcap", **kwargs, backend="numba")
+    dout = rng.standard_normal(out.shape)
+    want, got = SPEC.backward(dout, cache), SPEC.numba.backward(dout, mine)
+    assert set(got) == set(want)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-13)
+    for name, dx in want.items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13 * np.abs(dx).max())
+
+
+@pytest.mark.parametrize("empty_row", ["zero", "nan", "uniform"])
+def test_the_compiled_path_of_learned_caps_where_rows_are_empty_or_not_finite(empty_row):
+    rng = np.random.default_rng(12)
+    kwargs = {n: rng.standard_normal((2, m, 4)) for n, m in (("q", 5), ("k", 7), ("v", 7))}
+    if empty_row != "uniform":
+        kwargs["k"][0, 6] = np.nan
+    kwargs["q"][1, 2] = np.inf
+    kwargs |= {"cap": np.array([0.9, 1.5]), "causal": True, "empty_row": empty_row,
+               "mask": np.arange(5)[:, None] != 1}  # fmt: skip
+    out, cache = softcap_forward(**kwargs)
+    fast, mine = SPEC.numba.forward(**kwargs)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-14)
+    dout = rng.standard_normal(out.shape)
+    got = SPEC.numba.backward(dout, mine)
+    for name, dx in softcap_backward(dout, cache).items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13, err_msg=name)
