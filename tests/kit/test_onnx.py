@@ -103,3 +103,24 @@ def test_another_runtime_is_a_function_of_model_and_feeds():
 
     assert kit.check(kit.onnx_attention(runtime), cases=["square"], dtypes=("float32",)).ok
     assert set(seen) == {"Attention"}
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta", "gated_delta"])
+def test_a_sequence_in_two_parts_through_the_state(rule):
+    """The wheel has no case of the rule "linear" with a past state."""
+    rng = np.random.default_rng(0)
+    attributes = {"update_rule": rule, "q_num_heads": 4, "kv_num_heads": 2, "scale": 0.3}
+    widths = {"query": 12, "key": 6, "value": 10}
+    given = {n: 0.5 * rng.standard_normal((2, 5, width)) for n, width in widths.items()}
+    if rule != "linear":
+        given["beta"] = rng.random((2, 5, 2))
+    if rule == "gated_delta":
+        given["decay"] = -rng.random((2, 5, 2))
+    node = onnx_node.linear_attention_node
+    whole = node(given, attributes)
+    first = node({n: a[:, :3] for n, a in given.items()}, attributes)
+    rest = {n: a[:, 3:] for n, a in given.items()} | {"past_state": first["present_state"]}
+    second = node(rest, attributes)
+    together = np.concatenate([first["output"], second["output"]], axis=1)
+    np.testing.assert_allclose(together, whole["output"], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(second["present_state"], whole["present_state"], atol=1e-13)
