@@ -134,9 +134,14 @@ def _finite_rows(x):
     return None if np.isfinite(x).all() else np.isfinite(x).all(axis=-1, keepdims=True)
 
 
-def _one(x, value):
-    """One number as an array of x's dtype: np.where with it keeps the dtype, of 16 bits too."""
-    return np.full_like(x, value, shape=(1,) * x.ndim)
+def _where(keep, x, value):
+    """x where ``keep`` holds, else a number, in x's dtype.
+
+    Numbers of 16 bits go through float32 and back, which changes none: CuPy has no ``where`` for
+    bfloat16.
+    """
+    y = x.astype(np.float32) if x.dtype.itemsize == 2 else x
+    return np.where(keep, y, y.dtype.type(value)).astype(x.dtype, copy=False)
 
 
 def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_row, seen=None):
@@ -178,9 +183,9 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
     marked = k
     if good[0] is not None or good[1] is not None:
         both = np.logical_and(*(True if g is None else g for g in good))
-        marked = np.where(both, k, _one(k, np.nan))
+        marked = _where(both, k, np.nan)
         k, v = (
-            x if g is None else np.where(g, x, _one(x, 0))
+            x if g is None else _where(g, x, 0)
             for x, g in zip((k, v), good, strict=True)
         )  # fmt: skip
     out = np.empty_like(q, shape=(batch, heads, queries, depth))
@@ -199,7 +204,7 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         _fill_empty_rows(out, lse, empty, marked, v, heads // max(k.shape[1], 1), empty_row)
     good_q = _finite_rows(q)
     if good_q is not None:
-        cache = cache._replace(q=np.where(good_q, q, _one(q, 0)))
+        cache = cache._replace(q=_where(good_q, q, 0))
     return cache.out, cache
 
 
@@ -261,8 +266,8 @@ def backward(kernel, dout, cache, dlse):
     dout = prepare(dout, dtype).reshape(out.shape)
     empty, poison = lse == -np.inf, np.isnan(lse)
     if poison.any():
-        dout = np.where(poison[..., None], _one(dout, 0), dout)
-        out = np.where(poison[..., None], _one(out, 0), out)
+        dout = _where(~poison[..., None], dout, 0)
+        out = _where(~poison[..., None], out, 0)
     pair = (x.astype(sums, copy=False) for x in (dout, out))
     delta = np.einsum("nhte,nhte->nht", *pair)
     if dlse is not None:
@@ -270,7 +275,7 @@ def backward(kernel, dout, cache, dlse):
     lse = np.where(empty | poison, sums.type(np.inf), lse)  # their weights are exp(-inf) = 0
 
     if not c.clean:
-        k, v = (x if g is None else np.where(g, x, _one(x, 0))
+        k, v = (x if g is None else _where(g, x, 0)
                 for x, g in ((x, _finite_rows(x)) for x in (c.k, c.v)))  # fmt: skip
         c = c._replace(k=k, v=v)
     dq, dk, dv = np.empty_like(c.q), np.empty_like(c.k), np.empty_like(c.v)

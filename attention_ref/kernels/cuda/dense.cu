@@ -18,7 +18,7 @@
 // A pattern (window, packed sequences) is an interval of keys a query, low[t] <= s < high[t], and
 // for every block the one run of columns that any of its rows needs, first <= column < last, made
 // on the host (kernels/plan.py). Tiles start at first: the work of a window is T (TILE + window).
-// A null pointer stands for everything. Neither end decreases with t, so one run a block is exact.
+// A null pointer stands for everything. Neither end decreases with t: first row's low, last's high.
 //
 // Traffic a block: its own rows once a tile (they come from the second-level cache), the columns'
 // rows once: (D + E) S numbers read, TILE (D + E) written, so (D + E) S T / TILE a head.
