@@ -27,6 +27,7 @@ from attention_ref.kit.compare import CheckFailure, close, error, scales
 FORMAT = 1
 MAX_BYTES = 4 * 2**20
 MAX_MEMBERS = 2000
+LARGEST = 64 * 2**10, 20 * 2**10  # bytes of the arrays and of the manifest of one row in the tree
 MAX_MANIFEST = 2**20
 MEMBER = re.compile(r"[a-z0-9-]{1,60}/(in|out|dout|grad)/[A-Za-z0-9_.]{1,60}\.npy")
 DTYPES = ("float32", "float64", "bool", "int32", "int64")
@@ -351,7 +352,8 @@ def write(spec, root=None, force=False, seeds=64):
     Raises
     ------
     CheckFailure
-        When the independent route disagrees; then nothing is written.
+        When the independent route disagrees or the files become too large; then nothing is
+        written.
     """
     from attention_ref.kit.checks import cases, seed_of
 
@@ -386,11 +388,18 @@ def write(spec, root=None, force=False, seeds=64):
         "arrays": {name: _describe(a) for name, a in arrays.items()},
     }
     packed, text = paths(spec.key, root)
-    packed.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{n: np.ascontiguousarray(a) for n, a in arrays.items()})
-    write_atomically(packed, buffer.getvalue())
-    write_atomically(text, _compact(manifest).encode())
+    contents = buffer.getvalue(), _compact(manifest).encode()
+    for what, data, most in zip(("arrays", "manifest"), contents, LARGEST, strict=True):
+        if len(data) > most:
+            raise CheckFailure(
+                f"the {what} of {spec.key} take {len(data) / 2**10:.1f} KB, at most "
+                f"{most // 2**10}; hint: fewer or smaller cases in the example"
+            )
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    for path, data in zip((packed, text), contents, strict=True):
+        write_atomically(path, data)
     return True
 
 

@@ -201,3 +201,10 @@ def test_golden_files_are_small(key):
         pytest.fail(f"{key} has no golden files: make golden KEY={key}")
     arrays, manifest = (p.stat().st_size for p in paths)
     assert arrays <= 64 * 1024 and manifest <= 20 * 1024
+
+
+def test_files_that_are_too_large_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "LARGEST", (2**20, 1000))
+    with pytest.raises(CheckFailure, match="the manifest of"):
+        golden.write(SPEC, tmp_path, force=True, seeds=1)
+    assert not list(tmp_path.iterdir())
