@@ -335,6 +335,74 @@ def rotary_backward(dout, cache):
     return {"v": dv} | {name: core.sum_to(found[name], shape) for name, shape in shapes.items()}
 
 
+def rotary_numba(
+    q, k, v, pos_q=None, pos_k=None, *, base=10000.0, R=None, interleaved=False, scaling=None,
+    s=1.0, L=None, beta_fast=32.0, beta_slow=1.0, truncate=True, align="lower_right", **options,
+):  # fmt: skip
+    """The same call: queries and keys are turned here, the compiled dense pattern does the rest.
+
+    Parameters
+    ----------
+    q, k, v, pos_q, pos_k, base, R, interleaved, scaling, s, L, beta_fast, beta_slow
+        As in :func:`rotary_forward`.
+    truncate, align, **options
+        As in :func:`rotary_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., T, E)
+        Outputs.
+    cache : tuple
+        For :func:`rotary_numba_backward`.
+    """
+    from attention_ref.kernels.numba import decode
+
+    n = core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))
+    core.check.option("align", align, core.check.ALIGNMENTS)
+    how = {"base": base, "scaling": scaling, "s": s, "L": L, "beta_fast": beta_fast,
+           "beta_slow": beta_slow, "truncate": truncate}  # fmt: skip
+    R = _check(q, k, v, pos_q, pos_k, n["..."], R, how)
+    given = {"q": q, "k": k, "v": v, "pos_q": pos_q, "pos_k": pos_k}
+    shapes = {name: a.shape for name, a in given.items() if a is not None}
+    q, pos_q = place_forward(q, pos_q, n["S"] - n["T"] if align == "lower_right" else 0)
+    k, pos_k = place_forward(k, pos_k, 0)
+    omega, mu = rotary_frequencies(R, **how)
+    omega = np.array(omega, q.dtype)
+    angles = pos_q[..., None] * omega, pos_k[..., None] * omega  # (1)
+    turns = tuple((np.cos(a) * mu, np.sin(a) * mu) for a in angles)
+    with np.errstate(invalid="ignore"):  # the kernel finds the rows that are not finite
+        q, k = (turn_forward(x, *a, interleaved) for x, a in zip((q, k), turns, strict=True))  # (2)
+    lead = np.broadcast_shapes(k.shape[:-2], v.shape[:-2])  # positions may have widened the keys
+    k, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (k, v))
+    out, cache = decode.best(q, k)(q, k, v, align=align, **options)  # (3) (4) (5)
+    return out, (cache, q, k, turns, omega, interleaved, shapes)
+
+
+def rotary_numba_backward(dout, cache):
+    """Gradients of :func:`rotary_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`rotary_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    cache, q, k, turns, omega, interleaved, shapes = cache
+    found = dense.backward(dout, cache)  # (5') (4') (3')
+    for name, x, turn in (("q", q, turns[0]), ("k", k, turns[1])):
+        x = np.where(np.isfinite(x).all(axis=-1, keepdims=True), x, 0.0)
+        dx, dpos = turn_backward(found[name], x, turn, omega, interleaved)  # (2') (1')
+        found |= {name: dx, f"pos_{name}": dpos}
+    own = {name: core.sum_to(found[name], shape) for name, shape in shapes.items()}
+    return {name: dx for name, dx in found.items() if not name.startswith("pos")} | own
+
+
 YARN = {"scaling": "yarn", "s": 4.0, "L": 200.0, "base": 100.0}
 """With R = 6 the three frequencies stand at 0, 1/3 and 2/3 of the ramp."""
 LOOSE = YARN | {"truncate": False, "beta_fast": 16.0, "beta_slow": 1.5}
@@ -372,6 +440,7 @@ def _scaled(kwargs):
 
 SPEC = core.Mechanism(
     key="scores/rotary", forward=rotary_forward, backward=rotary_backward, example=_example,
+    numba=core.Backend(rotary_numba, rotary_numba_backward),
     flags=frozenset(core.SOFTMAX_FLAGS) - {"shift_invariant"}, tokens={"pos_k": -1},
     opt_out={"query_order": "positions of queries must move with them; own test"},
     reduces_to=(core.Reduction("scores/dot_product", "one position", _one_place, _scaled),),

@@ -425,3 +425,37 @@ def test_pytorch_agrees(case):
     np.testing.assert_allclose(out, theirs.detach().numpy(), rtol=0, atol=4e-15)
     for name, g in mine.items():
         np.testing.assert_allclose(g, given[name].grad.numpy(), rtol=0, atol=4e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("ways", [{}, {"R": 4, "interleaved": True, "softcap": 1.5}])
+def test_the_compiled_path_over_several_tiles(ways, causal):
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((2, n, 6)) for n in (150, 300, 300))
+    kwargs = {"q": q, "k": k, "v": v, "causal": causal, "bias": rng.standard_normal(300)} | ways
+    if ways:
+        kwargs |= {"pos_q": rng.uniform(0, 9, 150), "pos_k": rng.uniform(0, 9, (2, 300))}
+    out, cache = attention_ref.run("scores/rotary", **kwargs)
+    fast, mine = attention_ref.run("scores/rotary", **kwargs, backend="numba")
+    dout = rng.standard_normal(out.shape)
+    want, got = SPEC.backward(dout, cache), SPEC.numba.backward(dout, mine)
+    assert set(got) == set(want)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-13)
+    for name, dx in want.items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13 * np.abs(dx).max())
+
+
+def test_the_compiled_path_with_broadcast_heads_and_numbers_that_are_not_finite():
+    rng = np.random.default_rng(12)
+    kwargs = {"q": rng.standard_normal((2, 5, 6)), "k": rng.standard_normal((1, 7, 6)),
+              "v": rng.standard_normal((7, 3)), "pos_q": rng.uniform(0, 9, 5),
+              "pos_k": rng.uniform(0, 9, (2, 7)), "causal": True, "R": 4}  # fmt: skip
+    kwargs["q"][1, 2], kwargs["pos_q"][0], kwargs["pos_k"][0, 6] = np.inf, np.nan, np.inf
+    kwargs["k"][0, 5, 1] = -np.inf
+    out, cache = rotary_forward(**kwargs)
+    fast, mine = SPEC.numba.forward(**kwargs)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-14)
+    dout = rng.standard_normal(out.shape)
+    got = SPEC.numba.backward(dout, mine)
+    for name, dx in rotary_backward(dout, cache).items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13, err_msg=name)
