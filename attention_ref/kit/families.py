@@ -1,7 +1,7 @@
 """What the lectures on families measure of every member: how its cost grows, and its identities.
 
-    growth(spec.forward, arguments, (32, 64, 128))   # exponents of N
-    identities(spec, seed)                           # every reduces_to, with its error in eps
+growth(spec.forward, arguments, (32, 64, 128))   # exponents of N
+identities(spec, seed)                           # every reduces_to, with its error in eps
 """
 
 import numpy as np
