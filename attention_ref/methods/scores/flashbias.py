@@ -277,6 +277,65 @@ def flashbias_backward(dout, cache):
     return {"q": dq * scale, "k": dk, "v": dv, "phi_q": dphi_q, "phi_k": dphi_k}
 
 
+def flashbias_numba(
+    q, k, v, phi_q, phi_k, *, mask=None, causal=False, align="lower_right", scale=None,
+    empty_row="zero",
+):  # fmt: skip
+    """The same call by the compiled dense pattern on the wider queries and keys.
+
+    Parameters
+    ----------
+    q, k, v, phi_q, phi_k, mask, causal, align, scale, empty_row
+        As in :func:`flashbias_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., T, E)
+        Outputs.
+    cache : tuple
+        For :func:`flashbias_numba_backward`.
+    """
+    from attention_ref.kernels.numba import decode
+
+    given = {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k}
+    core.check.shapes(
+        q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"), phi_q=(phi_q, "... T R"),
+        phi_k=(phi_k, "... S R"),
+    )  # fmt: skip
+    core.check.number("scale", scale)
+    scale = core.default_scale(q.shape[-1], scale)
+    q, k = join_forward(q * scale, phi_q), join_forward(k, phi_k)  # (1)
+    lead = np.broadcast_shapes(k.shape[:-2], v.shape[:-2])  # factors may have widened the keys
+    k, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (k, v))
+    out, cache = decode.best(q, k)(
+        q, k, v, mask=mask, causal=causal, align=align, scale=1.0, empty_row=empty_row
+    )  # (2) (3) (4)
+    return out, (cache, scale, {name: a.shape for name, a in given.items()})
+
+
+def flashbias_numba_backward(dout, cache):
+    """Gradients of :func:`flashbias_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`flashbias_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    cache, scale, shapes = cache
+    found = dense.backward(dout, cache)  # (4') (3') (2')
+    dq, dphi_q = join_backward(found["q"], shapes["q"], shapes["phi_q"])  # (1')
+    dk, dphi_k = join_backward(found["k"], shapes["k"], shapes["phi_k"])
+    dv = core.sum_to(found["v"], shapes["v"])
+    return {"q": dq * scale, "k": dk, "v": dv, "phi_q": dphi_q, "phi_k": dphi_k}
+
+
 def flashbias_dense_forward(
     q, k, v, phi_q, phi_k, *, mask=None, causal=False, align="lower_right", scale=None,
     empty_row="zero",
@@ -347,6 +406,7 @@ SPEC = core.Mechanism(
     key="scores/flashbias",
     forward=flashbias_forward,
     backward=flashbias_backward,
+    numba=core.Backend(flashbias_numba, flashbias_numba_backward),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS),
     tokens={"phi_k": -2},

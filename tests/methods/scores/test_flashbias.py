@@ -363,3 +363,35 @@ def test_pytorch_agrees(case):
     np.testing.assert_allclose(out, theirs.detach().numpy(), rtol=0, atol=4e-15)
     for name, g in mine.items():
         np.testing.assert_allclose(g, given[name].grad.numpy(), rtol=0, atol=4e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_compiled_path_over_several_tiles(causal):
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((2, n, 6)) for n in (150, 300, 300))
+    phi_q, phi_k = rng.standard_normal((2, 150, 3)), rng.standard_normal((300, 3))
+    kwargs = {"q": q, "k": k, "v": v, "phi_q": phi_q, "phi_k": phi_k, "causal": causal,
+              "mask": rng.random((150, 300)) < 0.8}  # fmt: skip
+    out, cache = attention_ref.run("scores/flashbias", **kwargs)
+    fast, mine = attention_ref.run("scores/flashbias", **kwargs, backend="numba")
+    dout = rng.standard_normal(out.shape)
+    want, got = SPEC.backward(dout, cache), SPEC.numba.backward(dout, mine)
+    assert set(got) == set(want)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-13)
+    for name, dx in want.items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13 * np.abs(dx).max())
+
+
+def test_the_compiled_path_with_factors_of_each_head_and_numbers_that_are_not_finite():
+    rng = np.random.default_rng(12)
+    kwargs = {"q": rng.standard_normal((5, 4)), "k": rng.standard_normal((1, 7, 4)),
+              "v": rng.standard_normal((7, 3)), "phi_q": rng.standard_normal((5, 2)),
+              "phi_k": rng.standard_normal((2, 7, 2)), "causal": True}  # fmt: skip
+    kwargs["q"][2], kwargs["phi_k"][1, 5], kwargs["v"][6] = np.inf, np.nan, -np.inf
+    out, cache = flashbias_forward(**kwargs)
+    fast, mine = SPEC.numba.forward(**kwargs)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-14)
+    dout = rng.standard_normal(out.shape)
+    got = SPEC.numba.backward(dout, mine)
+    for name, dx in flashbias_backward(dout, cache).items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13, err_msg=name)
