@@ -246,6 +246,77 @@ def adaptive_attention_scaling_backward(dout, cache):
     return {"q": dq, "k": dk, "v": dv, **gradients}
 
 
+def _count_numba(q, k, mask, causal, align):
+    """Keys that each query may see, (..., T, 1); only a mask needs an array of (T, S) booleans."""
+    if mask is not None:
+        live = core.visible(q, k, mask=mask, causal=causal, align=align)
+        return np.count_nonzero(live, axis=-1, keepdims=True)
+    queries, keys = q.shape[-2], k.shape[-2]
+    place = np.arange(queries) + (keys - queries if align == "lower_right" else 0)
+    return np.clip(place + 1 if causal else place * 0 + keys, 0, keys)[:, None]
+
+
+def adaptive_attention_scaling_numba(
+    q, k, v, *, n_train=12185, count="all", mask=None, causal=False, align="lower_right",
+    scale=None, **options,
+):  # fmt: skip
+    """The same call by the compiled dense pattern: the factor goes into the scale or the queries.
+
+    Parameters
+    ----------
+    q, k, v, n_train, count, mask, causal, align, scale, **options
+        As in :func:`adaptive_attention_scaling_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., T, E)
+        Outputs.
+    cache : tuple
+        For :func:`adaptive_attention_scaling_numba_backward`.
+    """
+    from attention_ref.kernels.numba import decode
+
+    n = core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))
+    core.check.check_mask(mask, (*n["..."], n["T"], n["S"]))
+    core.check.option("align", align, core.check.ALIGNMENTS)
+    core.check.option("count", count, COUNTS)
+    core.check.number("n_train", n_train, low=1, open_low=True, unit="tokens")
+    core.check.number("scale", scale)
+    scale, factor, shape = core.default_scale(n["D"], scale), None, q.shape
+    if count == "all":
+        scale = scale * (math.log(max(n["S"], 1)) / math.log(n_train))  # (1)
+    else:
+        seen = _count_numba(q, k, mask, causal, align)
+        factor = (np.log(np.maximum(seen, 1.0)) / math.log(n_train)).astype(q.dtype)
+        with np.errstate(invalid="ignore"):  # 0 times infinity: the kernel finds the row
+            q = factor * q
+    options |= {"mask": mask, "causal": causal, "align": align, "scale": scale}
+    out, cache = decode.best(q, k)(q, k, v, **options)  # (2) (3) (4)
+    return out, (cache, factor, shape)
+
+
+def adaptive_attention_scaling_numba_backward(dout, cache):
+    """Gradients of :func:`adaptive_attention_scaling_numba`.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`adaptive_attention_scaling_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    cache, factor, shape = cache
+    gradients = dense.backward(dout, cache)  # (4') (3') (2')
+    if factor is not None:
+        gradients["q"] = core.sum_to(factor * gradients["q"], shape)  # (1')
+    return gradients
+
+
 def _example(rng):
     """Trained on 3.5 keys; hidden keys count wherever the case is not compared with fewer keys."""
 
@@ -279,6 +350,9 @@ SPEC = core.Mechanism(
     key="normalizers/adaptive_attention_scaling",
     forward=adaptive_attention_scaling_forward,
     backward=adaptive_attention_scaling_backward,
+    numba=core.Backend(
+        adaptive_attention_scaling_numba, adaptive_attention_scaling_numba_backward
+    ),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS),
     reduces_to=(

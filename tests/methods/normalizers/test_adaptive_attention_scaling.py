@@ -270,3 +270,39 @@ def test_pytorch_agrees(n):
     np.testing.assert_allclose(out, theirs.detach().numpy(), rtol=0, atol=1e-14)
     for name, g in adaptive_attention_scaling_backward(dout, cache).items():
         np.testing.assert_allclose(g, tensors[name].grad.numpy(), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("count", ["all", "visible"])
+def test_the_compiled_path_over_several_tiles(count, causal, masked):
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((2, n, 6)) for n in (150, 300, 300))
+    kwargs = {"q": q, "k": k, "v": v, "n_train": 40, "count": count, "causal": causal,
+              "softcap": 2.0, "bias": rng.standard_normal(300)}  # fmt: skip
+    if masked:
+        kwargs |= {"mask": rng.random((2, 150, 300)) < 0.8, "align": "upper_left"}
+    key = "normalizers/adaptive_attention_scaling"
+    out, cache = attention_ref.run(key, **kwargs)
+    fast, mine = attention_ref.run(key, **kwargs, backend="numba")
+    dout = rng.standard_normal(out.shape)
+    want, got = SPEC.backward(dout, cache), SPEC.numba.backward(dout, mine)
+    assert set(got) == set(want)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-13)
+    for name, dx in want.items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13 * np.abs(dx).max())
+
+
+def test_the_compiled_path_where_rows_see_one_key_or_are_not_finite():
+    rng = np.random.default_rng(12)
+    kwargs = {"q": rng.standard_normal((1, 5, 4)), "k": rng.standard_normal((2, 4, 4)),
+              "v": rng.standard_normal((2, 4, 3)), "n_train": 3, "count": "visible",
+              "causal": True}  # fmt: skip
+    kwargs["q"][0, 1], kwargs["k"][1, 3] = np.inf, np.nan
+    out, cache = adaptive_attention_scaling_forward(**kwargs)
+    fast, mine = SPEC.numba.forward(**kwargs)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-14)
+    dout = rng.standard_normal(out.shape)
+    got = SPEC.numba.backward(dout, mine)
+    for name, dx in adaptive_attention_scaling_backward(dout, cache).items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13, err_msg=name)
