@@ -199,23 +199,36 @@ def forward(kernel, q, k, v, mask, causal, align, scale, softcap, bias, empty_ro
         {name: x.dtype for name, x in given.items()},
     )  # fmt: skip
     kernel.forward(cache, marked, out, lse)
+    good_q = _finite_rows(q)
+    if good_q is not None:  # scores of -inf alone would look like a row without keys
+        lost = ~good_q[..., 0] & _has_key(cache, lse)
+        out[lost], lse[lost] = np.nan, np.nan
+        cache = cache._replace(q=_where(good_q, q, 0))
     if empty_row != "zero":
         empty = (lse == -np.inf) & _without_key(cache, lse)
         _fill_empty_rows(out, lse, empty, marked, v, heads // max(k.shape[1], 1), empty_row)
-    good_q = _finite_rows(q)
-    if good_q is not None:
-        cache = cache._replace(q=_where(good_q, q, 0))
     return cache.out, cache
 
 
-def _without_key(c, lse):
-    """Rows that mask and causality leave without a key; -inf in a bias is a key of weight 0."""
-    if not c.biased or c.seen is not None:
-        return np.ones_like(lse, dtype=bool)
+def _has_key(c, lse):
+    """Rows (N, H, T) to which mask, causality or pattern leave a key; a bias says nothing here."""
     _, _, queries, keys, _, _ = lengths(c)
-    place = np.arange(queries, like=lse)[:, None] + c.shift
-    seen = c.mask & (np.arange(keys, like=lse) <= (place if c.causal else keys))
-    return ~np.any(seen, axis=-1)
+    s = np.arange(keys, like=lse)
+    if c.seen is None:
+        place = np.arange(queries, like=lse)[:, None] + c.shift
+        seen = c.mask & (s <= (place if c.causal else keys))
+    else:
+        low, high = (np.asarray(x, like=lse)[:, None, :, None] for x in c.seen[:2])
+        seen = c.mask & (s >= low) & (s < high)
+        if c.seen.blocks is not None:
+            wide = np.repeat(np.repeat(c.seen.blocks, c.seen.block, -2), c.seen.block, -1)
+            seen = seen & np.asarray(wide[..., :queries, :keys], like=lse)
+    return np.broadcast_to(np.any(seen, axis=-1), lse.shape)
+
+
+def _without_key(c, lse):
+    """Rows without a key, among those whose weights are all 0: -inf in a bias is still a key."""
+    return ~_has_key(c, lse) if c.biased else np.ones_like(lse, dtype=bool)
 
 
 def _fill_empty_rows(out, lse, empty, k, v, share, empty_row):

@@ -114,6 +114,22 @@ def test_a_non_finite_query_or_bias_poisons_its_row_alone():
     assert np.array_equal(out[~bad], clean[~bad])
 
 
+@pytest.mark.parametrize("module", [dense, decode])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_query_that_is_not_finite_is_nan_whatever_its_scores(module, bad):
+    """All its scores may be -inf: that is no row without keys."""
+    q, k = np.ones((1, 2, 3, 1)), np.ones((1, 2, 40, 1))
+    mask = np.ones((3, 40), bool)
+    mask[1] = False
+    q[0, 1, :2] = bad
+    v = np.random.default_rng(0).standard_normal((1, 2, 40, 2))
+    out, cache = module.forward(q, k, v, mask=mask)
+    assert np.isnan(out[0, 1, 0]).all() and np.isnan(cache.lse[0, 1, 0])
+    assert not out[0, 1, 1].any() and np.isfinite(out[0, [0, 1], 2]).all()
+    g = dense.backward(np.ones_like(out), cache)
+    assert all(np.isfinite(x).all() for x in g.values()) and not g["q"][0, 1, 0].any()
+
+
 def test_a_bias_of_minus_infinity_is_a_mask():
     x, options = draw((1, 2, 1, 9, 11, 5, 3), np.float64, mask=True)
     bias = np.where(options["mask"], 0.0, -np.inf)
