@@ -15,6 +15,7 @@ Source: Press, Smith, Lewis 2022, *Train Short, Test Long*, section 3; official 
 fairseq/models/transformer.py (slopes, also for a number of heads that is no power of two); grade A.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -246,6 +247,91 @@ def alibi_backward(dout, cache):
     return {"q": dq, "k": dk, "v": dv, **gradients}
 
 
+def _blocks_numba(q, k, m, mask, causal, align, bias, lead):
+    """Blocks of queries: their places, distances, both biases together, and who is visible."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    step = 128 * max(1, 16 // max(math.prod(lead), 1))  # few heads: more work a call
+    s, slopes = np.arange(keys), slopes_forward(m, q, lead)
+    for first in range(0, max(queries, 1), step):
+        rows = slice(first, first + step)
+        mine = [
+            x[..., rows, :] if x is not None and x.ndim > 1 and x.shape[-2] > 1 else x
+            for x in (mask, bias)
+        ]
+        t = np.arange(queries)[rows, None] + (keys - queries if align == "lower_right" else 0)
+        distance = np.abs(t - s).astype(q.dtype)
+        linear = -slopes * distance
+        linear = linear if bias is None else linear + mine[1]
+        seen = mine[0] if not causal else s <= t if mask is None else mine[0] & (s <= t)
+        yield rows, distance, linear, seen
+
+
+def alibi_numba(
+    q, k, v, m=None, *, mask=None, causal=False, align="lower_right", bias=None, **options
+):
+    """The same call by the compiled dense pattern, a block of queries with its bias at a time.
+
+    Parameters
+    ----------
+    q, k, v, m, mask, causal, align, bias, **options
+        As in :func:`alibi_forward`.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, T, E)
+        Outputs.
+    cache : tuple
+        For :func:`alibi_numba_backward`: the arguments, no bias of T x S.
+    """
+    from attention_ref.kernels.numba import decode
+
+    n = core.check.shapes(q=(q, "... T D"), k=(k, "... S D"), v=(v, "... S E"))
+    _check(q[..., :1, :], k, v, m, {"align": align})
+    core.check.check_mask(mask, (*n["..."], n["T"], n["S"]))
+    core.check.check_bias(bias, (*n["..."], n["T"], n["S"]))
+    out, pattern = [], (m, mask, causal, align, bias, n["..."])
+    for rows, _, linear, seen in _blocks_numba(q, k, *pattern):
+        mine = q[..., rows, :]
+        part, _ = decode.best(mine, k)(mine, k, v, mask=seen, bias=linear, **options)
+        out.append(part)
+    return np.concatenate(out, axis=-2), (q, k, v, pattern, options)
+
+
+def alibi_numba_backward(dout, cache):
+    """Gradients of :func:`alibi_numba`; the outputs of a block are made again before them.
+
+    Parameters
+    ----------
+    dout, cache
+        As in :func:`alibi_backward`.
+
+    Returns
+    -------
+    dict
+        As there.
+    """
+    from attention_ref.kernels.numba import dense
+
+    q, k, v, pattern, options = cache
+    m, *_, bias, lead = pattern
+    core.check.cotangent(dout, (*lead, q.shape[-2], v.shape[-1]))
+    dq, dbias, total = [], [], {}
+    for rows, distance, linear, seen in _blocks_numba(q, k, *pattern):
+        _, one = dense.forward(q[..., rows, :], k, v, mask=seen, bias=linear, **options)
+        found = dense.backward(dout[..., rows, :], one)
+        dq.append(found.pop("q"))
+        dz = found.pop("bias")
+        if m is not None:
+            found |= {"m": core.sum_to(-np.sum(dz * distance, axis=(-2, -1)), m.shape)}
+        if bias is not None and bias.ndim > 1 and bias.shape[-2] > 1:
+            dbias.append(core.sum_to(dz, (*bias.shape[:-2], *dz.shape[-2:-1], bias.shape[-1])))
+        elif bias is not None:
+            found |= {"bias": core.sum_to(dz, bias.shape)}
+        total = {name: total[name] + dx if total else dx for name, dx in found.items()}
+    gradients = {"q": np.concatenate(dq, axis=-2), **total}
+    return gradients | {"bias": np.concatenate(dbias, axis=-2)} if dbias else gradients
+
+
 def _heads(rng, kwargs):
     """A batch axis before the axis of length 2, which becomes the heads; slopes in most cases."""
     if kwargs["q"].ndim == 2:
@@ -281,6 +367,7 @@ SPEC = core.Mechanism(
     key="scores/alibi",
     forward=alibi_forward,
     backward=alibi_backward,
+    numba=core.Backend(alibi_numba, alibi_numba_backward),
     example=_example,
     flags=frozenset(core.SOFTMAX_FLAGS) - {"permutation_equivariant"} | {"positional"},
     reduces_to=(

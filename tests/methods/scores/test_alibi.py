@@ -294,3 +294,40 @@ def test_pytorch_agrees(case):
     np.testing.assert_allclose(out, theirs.detach().numpy(), rtol=0, atol=4e-15)
     for name, g in mine.items():
         np.testing.assert_allclose(g, given[name].grad.numpy(), rtol=0, atol=4e-14)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("given", [(), ("m", "mask", "bias"), ("m", "row", "softcap")])
+def test_the_compiled_path_over_several_tiles(given, causal):
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_normal((16, n, 4)) for n in (150, 300, 300))  # two blocks of queries
+    more = {"m": rng.uniform(0, 0.1, 16), "mask": rng.random((150, 300)) < 0.8, "softcap": 1.5,
+            "bias": rng.standard_normal((150, 300))}  # fmt: skip
+    kwargs = {"q": q, "k": k, "v": v, "causal": causal} | {n: more[n] for n in given if n in more}
+    if "row" in given:
+        kwargs |= {"bias": rng.standard_normal(300), "align": "upper_left"}
+    out, cache = attention_ref.run("scores/alibi", **kwargs)
+    fast, mine = attention_ref.run("scores/alibi", **kwargs, backend="numba")
+    dout = rng.standard_normal(out.shape)
+    want, got = SPEC.backward(dout, cache), SPEC.numba.backward(dout, mine)
+    assert set(got) == set(want)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-13)
+    for name, dx in want.items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13 * np.abs(dx).max())
+
+
+@pytest.mark.parametrize("empty_row", ["zero", "nan", "uniform"])
+def test_the_compiled_path_where_rows_are_empty_or_not_finite(empty_row):
+    rng = np.random.default_rng(12)
+    kwargs = {n: rng.standard_normal((2, s, 4)) for n, s in (("q", 7), ("k", 5), ("v", 5))}
+    if empty_row != "uniform":
+        kwargs["k"][1, 3] = np.nan
+    kwargs["q"][0, 5] = np.inf
+    kwargs |= {"m": np.array([0.3, 0.7]), "causal": True, "empty_row": empty_row}
+    out, cache = alibi_forward(**kwargs)
+    fast, mine = SPEC.numba.forward(**kwargs)
+    np.testing.assert_allclose(fast, out, rtol=0, atol=1e-14)
+    dout = rng.standard_normal(out.shape)
+    got = SPEC.numba.backward(dout, mine)
+    for name, dx in alibi_backward(dout, cache).items():
+        np.testing.assert_allclose(got[name], dx, rtol=0, atol=1e-13, err_msg=name)
