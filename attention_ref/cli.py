@@ -438,6 +438,7 @@ def _bench(args):
     if args.out is not None:
         path = pathlib.Path(args.out)
         found["memory"] = bench.bench_memory(1024 if args.quick else 16384)
+        found["ceiling"] = bench.bench_ceiling(*((256, 1024, 64) if args.quick else ()))
         found["growth"] = bench.bench_growth(*(((256, 512, 1024), 512) if args.quick else ()))
         write_files({path: encode(found)})
         bench.draw(found["growth"], path.with_suffix(".svg"))

@@ -15,6 +15,7 @@ import tracemalloc
 
 import numpy as np
 
+from attention_ref.kernels import plan
 from attention_ref.kernels.numba import (
     block_sparse,
     decode,
@@ -22,6 +23,7 @@ from attention_ref.kernels.numba import (
     row_projection,
     scan,
     threads,
+    tiles,
     window,
 )
 
@@ -344,6 +346,51 @@ def bench_memory(length=16384, width=64):
         "dtype": "float32", "extra_mb": (peak - kept) / 2**20,
         "scores_mb": length * length * 4 / 2**20,
     }  # fmt: skip
+
+
+def bench_ceiling(size=2048, length=16384, near=256, width=64):
+    """What this machine can do at all, and how near the dense and the window kernel come to it.
+
+    Returns
+    -------
+    dict
+        Matrix products of NumPy and PyTorch and both kernels in 1e9 operations a second (one
+        multiplication and one addition are two), a copy in 1e9 bytes a second, and how many pairs
+        the window kernel walks over for each pair that the window keeps.
+    """
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, size, size)).astype(np.float32)
+    big = np.zeros(2**26, np.float32)
+    other = np.empty_like(big)
+    q, k, v = (rng.standard_normal((1, 2, length, width), np.float32) for _ in range(3))
+    part = [x[:, :, :2048] for x in (q, k, v)]
+    calls = {
+        "copy": lambda: np.copyto(other, big), "numpy product": lambda: a @ b,
+        "dense kernel": lambda: dense.forward(*part),
+        "window kernel": lambda: window.forward(q, k, v, left=near - 1, right=0),
+    }  # fmt: skip
+    torch = _torch()
+    if torch is not None:
+        x, y = torch.from_numpy(a), torch.from_numpy(b)
+        calls["torch product"] = lambda: x @ y
+    best = {}
+    for name, call in calls.items():
+        call()
+        best[name] = min(_seconds(call) for _ in range(TURNS))
+    one, _ = plan.sides(plan.interval(length, length, causal=True, left=near - 1), length, length,
+                        tiles.LANES)  # fmt: skip
+    walked = int(np.sum((one.last - one.first) * (one.stop - one.start)))
+    kept = near * length - near * (near - 1) // 2
+    work = {
+        "numpy product": 2 * size**3, "torch product": 2 * size**3,
+        "dense kernel": 2 * 4 * part[0].shape[-2] ** 2 * width,
+        "window kernel": 2 * 4 * walked * width,
+    }  # fmt: skip
+    return {
+        "gflops": {name: work[name] / best[name] / 1e9 for name in calls if name in work},
+        "copy_gb_s": 2 * big.nbytes / best["copy"] / 1e9,
+        "window": {"near": near, "walked_for_each_kept": walked / kept},
+    }
 
 
 def bench_growth(lengths=(1024, 2048, 4096, 8192, 16384, 32768, 65536), most=4096, width=64):

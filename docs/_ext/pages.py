@@ -518,7 +518,7 @@ def benchmarks():
         rows = found["rows"] if isinstance(found, dict) else found
         text += heading(path.stem, "-")
         if isinstance(found, dict):
-            about = {k: v for k, v in found.items() if k not in ("rows", "growth", "memory")}
+            about = {k: v for k, v in found.items() if k not in EXTRA}
             text += "; ".join(f"{k}: {v}" for k, v in about.items()) + "\n\n"
             text += growth(path, found)
         head = list(rows[0])
@@ -527,8 +527,12 @@ def benchmarks():
     return text or "None measured yet.\n"
 
 
+EXTRA = ("rows", "growth", "memory", "ceiling")
+"""Parts of a benchmark file that are shown in a form of their own."""
+
+
 def growth(path, found):
-    """The picture beside a benchmark file, and its line about memory."""
+    """The picture beside a benchmark file, its lines about memory and about the machine."""
     text = ""
     if path.with_suffix(".svg").is_file():
         text += f".. figure:: benchmarks/{path.stem}.svg\n"
@@ -540,6 +544,14 @@ def growth(path, found):
         m = found["memory"]
         text += f"Extra memory of {m['pattern']}, {m['shape']}: {m['extra_mb']:.0f} MB; the scores "
         text += f"alone would take {m['scores_mb']:.0f} MB.\n\n"
+    if "ceiling" in found:
+        c = found["ceiling"]
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in c["gflops"].items())
+        text += f"What the machine does, in 1e9 operations a second with float32: {rates}; a copy "
+        text += f"moves {c['copy_gb_s']:.0f} GB a second. The window kernel of "
+        text += f"{c['window']['near']} keys works on tiles of 128 queries and so walks over "
+        text += f"{c['window']['walked_for_each_kept']:.2f} pairs for each one it keeps, as any "
+        text += "kernel with blocks of 128 does.\n\n"
     return text
 
 

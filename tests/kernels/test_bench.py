@@ -43,6 +43,9 @@ def test_growth_and_memory_and_their_picture(monkeypatch, tmp_path):
     growth = bench.bench_growth((2048, 2100, 2200), width=4)
     assert [row["who"] for row in growth] == ["ours"] * 12
     assert {row["tokens"] for row in growth} == {2048, 2100, 2200}
+    ceiling = bench.bench_ceiling(64, 256, 16, 8)
+    assert set(ceiling["gflops"]) == {"numpy product", "dense kernel", "window kernel"}
+    assert 1 < ceiling["window"]["walked_for_each_kept"] < 16
     memory = bench.bench_memory(512, 8)
     assert 0 < memory["extra_mb"] < memory["scores_mb"] + 1
     bench.draw(growth, tmp_path / "here.svg")
