@@ -59,6 +59,7 @@ html_title = "attention_ref"
 html_static_path = ["_static"]
 html_css_files = ["house.css"]
 html_show_sourcelink = False
+html_sidebars = {"*": []}  # pages without a section of their own: room for wide tables
 html_theme_options = {
     "show_toc_level": 2,
     "navigation_with_keys": False,
