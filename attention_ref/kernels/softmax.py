@@ -242,13 +242,14 @@ def _fill_empty_rows(out, lse, empty, k, v, share, empty_row):
         )
     fill_with = np.full_like(v[:, :, :1], np.nan)
     if empty_row == "uniform" and v.shape[2]:
-        poison = np.isnan(k).any(axis=(2, 3), keepdims=True)
+        good = (np.isfinite(x).all(axis=(2, 3), keepdims=True) for x in (k, v))
+        poison = ~np.logical_and(*good)
         mean = v.astype(lse.dtype, copy=False).mean(axis=2, keepdims=True)
         fill_with = np.where(poison, np.nan, mean).astype(out.dtype, copy=False)
     fill_with = np.broadcast_to(np.repeat(fill_with, share, axis=1), out.shape)
     out[empty] = fill_with[empty]
-    if empty_row == "nan":
-        lse[empty] = np.nan
+    lost = np.isnan(fill_with).any(axis=-1) | (empty_row == "nan")
+    lse[empty & lost] = np.nan  # so that no gradient passes there
 
 
 def backward(kernel, dout, cache, dlse):

@@ -115,6 +115,24 @@ def test_a_non_finite_query_or_bias_poisons_its_row_alone():
 
 
 @pytest.mark.parametrize("module", [dense, decode])
+@pytest.mark.parametrize("place", ["k", "v"])
+def test_the_mean_over_a_key_that_is_not_finite_is_nan_and_passes_no_gradient(module, place):
+    """An empty row under "uniform" sees every value, the spoilt one too."""
+    x, options = draw((1, 2, 1, 3, 40, 5, 2), np.float64, empty_row="uniform")
+    options["mask"] = np.ones((3, 40), bool)
+    options["mask"][1], options["mask"][0, 7] = False, False
+    x[place][0, 0, 7, 0] = np.inf
+    out, cache = module.forward(x["q"], x["k"], x["v"], **options)
+    assert np.isnan(out[0, :, 1:]).all() and np.isfinite(out[0, :, 0]).all()
+    g = dense.backward(x["dout"], cache)
+    want = {n: a.copy() for n, a in x.items()}
+    want[place][0, 0, 7, 0], want["dout"][0, :, 1:] = 0.0, 0.0
+    _, clean = module.forward(want["q"], want["k"], want["v"], **options)
+    for name, dx in dense.backward(want["dout"], clean).items():
+        assert np.allclose(g[name], dx, rtol=0, atol=1e-13), name
+
+
+@pytest.mark.parametrize("module", [dense, decode])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_a_query_that_is_not_finite_is_nan_whatever_its_scores(module, bad):
     """All its scores may be -inf: that is no row without keys."""
