@@ -524,7 +524,9 @@ def benchmarks():
         head = list(rows[0])
         cells = [[number(row.get(h)) for h in head] for row in rows]
         text += table(head, cells) + "\n"
-    return text or "None measured yet.\n"
+    if not any((DOCS / "benchmarks").glob("gpu-*.json")):
+        text += heading("On a GPU", "-") + "None.\n"
+    return text
 
 
 EXTRA = ("rows", "growth", "memory", "ceiling")
