@@ -559,8 +559,9 @@ def check_broadcast(spec, case, kwargs):
             else:
                 want[name] = want[name] + g
                 size[name] += float(np.max(np.abs(g), initial=0.0))
+    bound = max(ORDER_EPS, *_bounds(spec, np.float64).values())
     for name, g in want.items():
-        close(f"d{name} for two sets of values", gradients[name], g, ORDER_EPS, size[name])
+        close(f"d{name} for two sets of values", gradients[name], g, bound, size[name])
 
 
 # ------------------------------------------------------------------------------ D: special values

@@ -304,6 +304,8 @@ def _example(rng):
         rows, heads = kwargs["q"].shape[-2], () if kwargs["q"].ndim == 2 else (2,)
         more = {n: kwargs[n][None] for n in "qkv"} if kwargs["q"].ndim == 3 else {}
         more |= {"x": 2.0 * rng.standard_normal((rows, 2)), "w_a": rng.standard_normal((*heads, 2))}
+        while np.all(more["x"][:1] @ np.swapaxes(np.atleast_2d(more["w_a"]), 0, 1) <= -5.0):
+            more["x"] = 2.0 * rng.standard_normal((rows, 2))  # a first row of scale 0 sees no score
         more["alpha_ma"] = rng.random(2) if heads and "softcap" not in kwargs else 0.4
         if "mask" not in kwargs and "causal" not in kwargs:
             more |= {"n": 9}

@@ -282,22 +282,27 @@ def _example(rng):
     cases = core.examples.attention(rng, scale=False)
     cases = {name: cases[name] for name in CASES}
     for name, kwargs in cases.items():
-        for _ in range(1000):
-            lead = (2,) if name == "batch" else ()
-            draw = [0.6 * rng.standard_normal(lead + shape) for shape in SHAPES]
-            kwargs |= dict(zip(NETWORK, draw, strict=True))
-            hidden = network_forward(kwargs["q"], kwargs["k"], kwargs)[2:]
-            on = np.concatenate([np.mean(a > 0, axis=tuple(range(a.ndim - 1))) for a in hidden])
-            if np.all((on > 0.2) & (on < 0.8)):
-                break
-        for _ in range(200):
-            hidden = network_forward(kwargs["q"], kwargs["k"], kwargs)[2:]
-            near = np.minimum(*[np.min(np.abs(a), axis=(-2, -1)) for a in hidden]) < 0.02
-            if not np.any(near):
-                break
-            fresh = rng.standard_normal(kwargs["q"].shape)
-            kwargs["q"] = np.where(near[..., None], fresh, kwargs["q"])
+        _clear(rng, kwargs, (2,) if name == "batch" else ())
     return cases
+
+
+def _clear(rng, kwargs, lead):
+    """Draw a network, then queries anew where a relu is near its kink; at worst start again."""
+    for _ in range(1000):
+        shapes = zip(NETWORK, SHAPES, strict=True)
+        kwargs |= {name: 0.6 * rng.standard_normal(lead + shape) for name, shape in shapes}
+        hidden = network_forward(kwargs["q"], kwargs["k"], kwargs)[2:]
+        on = np.concatenate([np.mean(a > 0, axis=tuple(range(a.ndim - 1))) for a in hidden])
+        if np.all((on > 0.2) & (on < 0.8)):
+            break
+    for _ in range(200):
+        hidden = network_forward(kwargs["q"], kwargs["k"], kwargs)[2:]
+        near = np.minimum(*[np.min(np.abs(a), axis=(-2, -1)) for a in hidden]) < 0.02
+        if not np.any(near):
+            return
+        fresh = rng.standard_normal(kwargs["q"].shape)
+        kwargs["q"] = np.where(near[..., None], fresh, kwargs["q"])
+    _clear(rng, kwargs, lead)
 
 
 def _places(rng):
