@@ -177,16 +177,14 @@ tutorial.gradients(spec, cases["mask"])
 #
 # A guess among the five names of the text errs four times in five. The paper's models have four
 # layers and 100,000 steps: softmax errs in 51.6 % (mean of 77.7, 75.3 and 1.9), multi-token
-# attention in 0.1 %. Sizes and thresholds were found on other seeds. What counts as *partly*
-# was written down after a first look, in which one seed of multi-token attention missed its
-# threshold.
+# attention in 0.1 %. Sizes and thresholds were found on other seeds.
 
 tutorial.claim(
     "Told to find the block of letters that holds two given letters, a small model with "
     "multi-token attention errs less after the same training than one with softmax attention.",
     criterion="share of wrong answers on unseen texts, on each of three seeds: at most 0.05 with "
     "one layer of multi-token attention, at least 0.5 with one layer of softmax and with a "
-    "transformer of two (partly: multi-token attention errs at most a fifth as often as either)",
+    "transformer of two",
     paper=0.001,
 )
 
@@ -268,8 +266,9 @@ steps = 2 if tutorial.quick else 400
 found = {name: [experiment(name, seed, steps) for seed in range(3)] for name in (ONE, TWO, MULTI)}
 records = [{name: runs[seed][0] for name, runs in found.items()} for seed in range(3)]
 whole = all(r[MULTI] <= 0.05 and min(r[ONE], r[TWO]) >= 0.5 for r in records)
-less = all(r[MULTI] <= min(r[ONE], r[TWO]) / 5 for r in records)
-verdict = "reproduced" if whole else "partly" if less else "not reproduced"
+ratio = max(r[MULTI] / min(r[ONE], r[TWO]) for r in records)
+print(f"errors of multi-token attention over those of the better rival: at most {ratio:.2f}")
+verdict = "reproduced" if whole else "not reproduced"
 tutorial.measured(ours=records, verdict=verdict, tolerance=0.5)
 
 # %%
@@ -280,7 +279,9 @@ tutorial.measured(ours=records, verdict=verdict, tolerance=0.5)
 # block such a head adds up how well the block's letters fit the first letter asked for, and how
 # well they fit the second. (Blue is negative: in this head equal letters have a score far *below*
 # that of different ones, and minus times minus is a fit. Other heads have found it with two plus
-# signs.) On one seed the errors do not vanish, and half as many steps again did not change that.
+# signs.) On one seed the errors do not vanish, and half as many steps again did not change that:
+# it misses the threshold, so the verdict is *not reproduced*, although multi-token attention errs
+# far less than softmax on every seed, as the line above the table says.
 #
 # One layer of softmax cannot do this at all: the key of a name knows nothing of the letters before
 # it. Two layers can; they had too few steps to find it. So what is shown is that the kernel makes

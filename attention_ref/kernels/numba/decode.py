@@ -109,20 +109,19 @@ def _finish_scores(z, rows, count, n, first_head, s, queries, keys, mask, bias, 
 @jit
 def _online(z, rows, count, top, total, acc, depth):
     """z becomes weights; maximum, sum and output of every row move on."""
-    lowest, n = z.dtype.type(-np.inf), np.uintp(depth)
+    lowest, zero, n = z.dtype.type(-np.inf), z.dtype.type(0), np.uintp(depth)
     for r in range(rows):
-        line, best = np.uintp(r * BLOCK), top[r]
-        bad = z.dtype.type(0)
+        line, best, bad = np.uintp(r * BLOCK), top[r], zero
         for j in range(np.uintp(count)):
             x = z[line + j]
             best = x if x > best else best
-            bad += x - x if x != lowest else bad - bad
-        safe = best if best > lowest else z.dtype.type(0)
-        alpha = exp(top[r] - safe) if top[r] > lowest else z.dtype.type(0)
+            bad += x - x if x != lowest else zero
+        safe = best if best > lowest else zero
+        alpha = exp(top[r] - safe) if top[r] > lowest else zero
         top[r] = best
         for j in range(np.uintp(BLOCK)):
             z[line + j] = exp(z[line + j] - safe)
-        block = z.dtype.type(0)
+        block = zero
         for j in range(np.uintp(count)):
             block += z[line + j]
         total[r] = total[r] * alpha + (block + bad)
